@@ -1,0 +1,306 @@
+"""Typed settings, read from YAML and overridden on the command line.
+
+``load_settings(["--config", "configs/quickstart.yaml", "--train.lr", "1e-5"])`` returns checked
+`Settings`, or raises one `InputError` that lists every unknown key, wrong type and impossible
+value at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    CliUnknownArgs,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from qure_core import storage
+from qure_core.errors import InputError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class RunSettings(_Section):
+    dir: str = Field("runs/quickstart", description="run directory: a path or URI that all nodes see")
+    seed: int = Field(1000, ge=0, description="seed of every random choice (the paper's is 1000)")
+
+
+class WorldSettings(_Section):
+    images: int = Field(2000, ge=60, description="images to draw, train and val together")
+    images_per_combination: int = Field(
+        10, ge=1, description="images that share all their attributes, so are relevant together"
+    )
+    val_fraction: float = Field(0.3, gt=0, lt=1, description="share of the combinations held out")
+    train_triplets: int = Field(3000, ge=1, description="training triplets")
+    val_triplets: int = Field(600, ge=1, description="validation triplets")
+    image_size: int = Field(64, ge=16, le=1024, description="side of an image, pixels")
+    seed: int = Field(0, ge=0, description="seed of the world, separate from the run's")
+
+
+class DataSettings(_Section):
+    format: Literal["world", "fashioniq", "cirr", "circo", "jsonl"] = Field(
+        "world", description="layout of the data; 'world' is drawn at data.root if it is not there"
+    )
+    root: str = Field("data/world", description="dataset directory: a path or URI")
+    categories: list[str] | None = Field(
+        None, description="FashionIQ layout: categories to use (default: all found on disk)"
+    )
+    mining_corpus: Literal["targets", "split"] | None = Field(
+        None,
+        description="images mined among: the category's training targets or its whole split "
+        "(default: targets for the FashionIQ layout, split otherwise, as the paper does)",
+    )
+    descriptions: str | None = Field(
+        "descriptions.json",
+        description="image captions {image id: caption}, relative to data.root, for pretraining",
+    )
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, description="images with more pixels are refused"
+    )
+    world: WorldSettings = WorldSettings()
+
+
+class ModelSettings(_Section):
+    preset: Literal["tiny", "blip2-vit-l", "blip2-vit-g"] = Field(
+        "tiny", description="architecture when no pretrained weights are configured"
+    )
+    pretrained: str | None = Field(
+        None,
+        description="weights to fine-tune: a directory saved by this project, or a Hugging Face "
+        "BLIP-2 image-text-retrieval model as a directory or a hub id; skips pretraining",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="BERT tokenizer as a directory or a hub id, e.g. bert-base-uncased "
+        "(default: the one beside the weights, else a WordPiece vocabulary of the training text)",
+    )
+    vocabulary_size: int = Field(
+        1000, ge=64, description="WordPiece vocabulary size when it is learned from the data, tokens"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the Q-Former while training")
+
+
+class PretrainSettings(_Section):
+    epochs: int = Field(15, ge=0, description="passes over the captioned training images")
+    batch_size: int = Field(64, ge=2, description="image-caption pairs per step, all workers")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate; cosine per epoch to a hundredth")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="of the contrastive targets")
+
+
+class TrainSettings(_Section):
+    epochs: int = Field(30, ge=1, description="passes over the training triplets")
+    mining_definitions: int = Field(
+        6, ge=1, description="n_def: negatives are mined every floor(epochs / n_def) epochs"
+    )
+    warmup_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="epochs with random negatives before the first mining "
+        "(default: floor(epochs / n_def), as in the paper)",
+    )
+    negatives: Literal["steep_drops", "random"] = Field(
+        "steep_drops",
+        description="negatives after the warm-up: mined between two steep drops, or random as "
+        "during the warm-up (for comparison)",
+    )
+    batch_size: int = Field(32, ge=1, description="triplets per optimizer step, all workers")
+    lr: float = Field(5e-6, gt=0, description="learning rate of epoch 0; cosine per epoch")
+    final_lr_ratio: float = Field(0.01, gt=0, le=1, description="final learning rate / lr")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay of every parameter")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="autocast type; auto: bf16 or fp16 on a GPU, fp32 on a CPU"
+    )
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="evaluate every so many epochs, besides the start, the end of the warm-up "
+        "and the end",
+    )
+    keep_checkpoints: int = Field(
+        2, ge=1, description="newest epoch checkpoints kept, besides those of stage boundaries"
+    )
+    log_every: int = Field(20, ge=1, description="steps between progress lines")
+
+
+class MiningSettings(_Section):
+    exclude_reference: bool = Field(
+        True, description="drop a query's reference image from its corpus before mining"
+    )
+    corpus_shards: int | None = Field(
+        None, ge=1, description="files the embeddings are split into (default: by size)"
+    )
+    memory_mb: int = Field(
+        1024, ge=64, description="working memory of one scoring task, MB; sets the query block"
+    )
+    query_block: int | None = Field(
+        None, ge=1, description="queries scored together (default: what memory_mb allows)"
+    )
+
+
+class EvaluationSettings(_Section):
+    gallery: Literal["split", "union"] = Field(
+        "split",
+        description="images ranked per category: its whole split, or the union of the split's "
+        "references and targets",
+    )
+    top_k: int = Field(50, ge=1, description="ranked images kept per query")
+
+
+class ClusterSettings(_Section):
+    train_workers: int = Field(1, ge=1, description="training workers (one per GPU)")
+    gpus: Literal["auto", "none"] | int = Field(
+        "auto",
+        description="GPUs per training worker and per embedding actor: auto is 1 if the cluster "
+        "has any, else none",
+    )
+    cpus_per_train_worker: int = Field(1, ge=1, description="CPUs and threads of a training worker")
+    embed_actors: int = Field(1, ge=1, description="actors that embed images and queries")
+    cpus_per_embed_actor: int = Field(1, ge=1, description="CPUs and threads of an embedding actor")
+    embed_batch: int = Field(64, ge=1, description="images embedded together, per actor")
+    decode_threads: int = Field(2, ge=1, description="image decoding threads per worker or actor")
+    image_cache_mb: int = Field(
+        512, ge=0, description="preprocessed images a training worker keeps in memory, MB"
+    )
+    max_failures: int = Field(2, ge=0, description="training worker failures survived per stage")
+
+
+class ReportSettings(_Section):
+    examples: int = Field(6, ge=0, le=100, description="example queries shown in the report")
+
+
+class Settings(BaseSettings):
+    """All settings of a run."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", cli_ignore_unknown_args=True, cli_avoid_json=True, cli_hide_none_type=True
+    )
+
+    unknown_arguments: CliUnknownArgs = []
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    train: TrainSettings = TrainSettings()
+    mining: MiningSettings = MiningSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    report: ReportSettings = ReportSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        **_: Any,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is passed in counts: an environment variable named DATA must not."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Settings:
+        train = self.train
+        if train.mining_definitions > train.epochs:
+            raise ValueError(
+                f"train.mining_definitions={train.mining_definitions} exceeds "
+                f"train.epochs={train.epochs}: there would be no epoch to mine at"
+            )
+        if train.warmup_epochs is not None and train.warmup_epochs > train.epochs:
+            raise ValueError(
+                f"train.warmup_epochs={train.warmup_epochs} exceeds train.epochs={train.epochs}"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings as plain data, without the command line's remains."""
+        return self.model_dump(mode="json", exclude={"unknown_arguments"})
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        merged[key] = _merge(below, value) if both else value
+    return merged
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    uri = storage.resolve(path)
+    if "://" not in path and not storage.exists(uri):
+        # Configs travel with the code, so inside a submitted job they are in its own directory.
+        uri = path
+    try:
+        value = yaml.safe_load(storage.read_bytes(uri))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such config file (inside a Ray job, files ignored by .gitignore or "
+            ".rayignore do not reach the cluster)"
+        ) from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({error})") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: the top level must be a mapping of sections such as 'train:'")
+    return value
+
+
+def _messages(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors(include_url=False):
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{name}: unknown setting")
+        elif not name:
+            lines.append(str(item["msg"]).removeprefix("Value error, "))
+        else:
+            lines.append(f"{name}: {item['msg']} (got {item['input']!r})")
+    return lines
+
+
+def load_settings(
+    arguments: Sequence[str], prog: str, description: str, extra: argparse.ArgumentParser | None = None
+) -> tuple[Settings, argparse.Namespace]:
+    """Read ``--config FILE`` and ``--section.field VALUE`` overrides into checked settings.
+
+    ``extra`` declares a stage's own options (``--checkpoint`` and the like); they are returned
+    as the second value. Raises `InputError` listing everything that is wrong.
+    """
+    own = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, parents=[extra] if extra else []
+    )
+    own.add_argument("--config", metavar="FILE", help="YAML settings; options override its values")
+    help_parser = argparse.ArgumentParser(
+        prog=prog, description=description, parents=[own], allow_abbrev=False
+    )
+    namespace, rest = own.parse_known_args(list(arguments))
+    source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
+        Settings, root_parser=help_parser, cli_parse_args=rest
+    )
+    from_command_line = source()
+    unknown = from_command_line.pop("unknown_arguments", [])
+    lines = [
+        f"{word}: unknown option (--help lists the settings)" for word in unknown if word[:1] == "-"
+    ] or [f"{word}: unexpected argument" for word in unknown]
+    from_file = _read_yaml(namespace.config) if namespace.config else {}
+    settings = None
+    try:
+        settings = Settings(**_merge(from_file, from_command_line))
+    except ValidationError as error:
+        lines += _messages(error)
+    if lines or settings is None:
+        where = f" in {namespace.config} and the command line" if namespace.config else ""
+        raise InputError("\n".join([f"{len(lines)} bad setting(s){where}:"] + [f"  {x}" for x in lines]))
+    settings.run.dir = storage.resolve(settings.run.dir)
+    settings.data.root = storage.resolve(settings.data.root)
+    return settings, namespace

@@ -1,0 +1,118 @@
+"""FashionIQ's file layout, with any categories found on disk.
+
+``captions/cap.{category}.{split}.json``, ``image_splits/split.{category}.{split}.json``, images
+as ``images/{name}`` or ``images/{category}/{name}`` with .png, .jpg or .jpeg, and optionally
+``relevance/rel.{category}.{split}.json``: per triplet, every image that satisfies it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from qure_core import storage
+from qure_core.data.layout import ImageFolder, check_row, read_rows
+from qure_core.data.schema import Split, Triplet
+from qure_core.data.text import join_fashioniq
+from qure_core.errors import InputError, Problem
+
+
+def find_categories(root: str, split: str) -> list[str]:
+    """Categories that have a caption file for ``split``, sorted."""
+    pattern = re.compile(rf"cap\.(.+)\.{re.escape(split)}\.json")
+    names = storage.list_names(storage.join(root, "captions"))
+    return sorted(match[1] for name in names if (match := pattern.fullmatch(name)))
+
+
+def read_fashioniq(
+    root: str, split: str, categories: Sequence[str] | None = None
+) -> tuple[Split, list[Problem]]:
+    """Read one split; faulty rows and missing images become problems, not exceptions."""
+    found = find_categories(root, split)
+    wanted = list(categories) if categories is not None else found
+    absent = sorted(set(wanted) - set(found))
+    if absent or not wanted:
+        raise InputError(
+            f"{root}: no captions/cap.CATEGORY.{split}.json"
+            + (f" for {', '.join(absent)}" if absent else "")
+            + f" (found: {', '.join(found) or 'none'}); set data.root to a FashionIQ-style "
+            "directory and data.categories to what it holds"
+        )
+    folder = ImageFolder(storage.join(root, "images"))
+    problems: list[Problem] = []
+    triplets: list[Triplet] = []
+    images: dict[str, str] = {}
+    galleries: dict[str, tuple[str, ...]] = {}
+
+    for category in wanted:
+        split_file = storage.join(root, "image_splits", f"split.{category}.{split}.json")
+        names = read_rows(split_file, list, problems)
+        if not names:
+            problems.append(Problem(split_file, "", f"category {category!r} has no images"))
+        gallery = []
+        for index, name in enumerate(names):
+            if not isinstance(name, str):
+                problems.append(Problem(split_file, str(index), f"{name!r} is not an image name"))
+                continue
+            gallery.append(name)
+            uri = folder.find(f"{category}/{name}", name)
+            if uri is None:
+                problems.append(
+                    Problem(split_file, str(index), f"image {name!r} is missing in {folder.uri}")
+                )
+            else:
+                images.setdefault(name, uri)
+        galleries[category] = tuple(sorted(set(gallery)))
+        triplets += _read_triplets(root, category, split, set(gallery), problems)
+    return Split(split, tuple(triplets), images, galleries), problems
+
+
+def _read_triplets(
+    root: str, category: str, split: str, gallery: set[str], problems: list[Problem]
+) -> list[Triplet]:
+    caption_file = storage.join(root, "captions", f"cap.{category}.{split}.json")
+    rows = read_rows(caption_file, list, problems)
+    if not rows:
+        problems.append(Problem(caption_file, "", f"category {category!r} has no triplets"))
+    relevance_file = storage.join(root, "relevance", f"rel.{category}.{split}.json")
+    relevant: list[list[str]] = []
+    if storage.exists(relevance_file):
+        relevant = read_rows(relevance_file, list, problems)
+        if len(relevant) != len(rows):
+            problems.append(
+                Problem(relevance_file, "", f"{len(relevant)} rows for {len(rows)} triplets")
+            )
+            relevant = []
+    fields: dict[str, type | tuple[type, ...]] = {"candidate": str, "captions": list}
+    if split != "test":
+        fields["target"] = str
+    triplets = []
+    for index, row in enumerate(rows):
+        where = str(index)
+        if not check_row(row, fields, caption_file, where, problems):
+            continue
+        captions = row["captions"]
+        if len(captions) != 2 or not all(isinstance(caption, str) for caption in captions):
+            problems.append(Problem(caption_file, where, f"captions are not two texts: {captions}"))
+            continue
+        target = row.get("target")
+        for role, name in (("candidate", row["candidate"]), ("target", target)):
+            if name is not None and name not in gallery:
+                problems.append(
+                    Problem(
+                        caption_file,
+                        where,
+                        f"{role} {name!r} is not in split.{category}.{split}.json",
+                    )
+                )
+        triplets.append(
+            Triplet(
+                query_id=f"{category}.{split}.{index:06d}",
+                reference_id=row["candidate"],
+                text=join_fashioniq(captions),
+                target_id=target,
+                category=category,
+                relevant_ids=tuple(relevant[index]) if relevant else (),
+            )
+        )
+    return triplets

@@ -1,0 +1,93 @@
+"""Image decoding and BLIP-2's preprocessing, with PIL's own resampling.
+
+The released program builds this from torchvision's PIL transforms: pad to a 1.25 aspect ratio with
+black, bicubic resize of the short side, centre crop, convert to RGB, scale to [0, 1], normalise.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from qure_core import storage
+from qure_core.errors import InputError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TARGET_RATIO = 1.25
+
+
+def decode(data: bytes, uri: str, max_pixels: int) -> Image.Image:
+    """Decode a whole image, or raise `InputError` naming ``uri``.
+
+    ``max_pixels`` bounds width x height before any pixel is decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            # PIL's own bomb warning would double the message below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            width, height = image.size
+            if width * height > max_pixels:
+                raise InputError(
+                    f"{uri}: {width} x {height} pixels exceed data.max_image_pixels={max_pixels}"
+                )
+            image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError, EOFError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{uri}: cannot be decoded as an image ({error}); replace it, or remove its triplets"
+        ) from None
+    return image
+
+
+def load_image(uri: str, max_pixels: int) -> Image.Image:
+    """Read and decode the image at ``uri``; `InputError` if it is missing or damaged."""
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise InputError(f"{uri}: image file is missing") from None
+    return decode(data, uri, max_pixels)
+
+
+def target_pad(image: Image.Image, ratio: float = TARGET_RATIO) -> Image.Image:
+    """Pad with zeros towards aspect ``ratio``; unchanged if max/min is already below it."""
+    width, height = image.size
+    if max(width, height) / min(width, height) < ratio:
+        return image
+    side = max(width, height) / ratio
+    across = max(int((side - width) / 2), 0)
+    down = max(int((side - height) / 2), 0)
+    palette = image.getpalette() if image.mode == "P" else None
+    padded = Image.new(image.mode, (width + 2 * across, height + 2 * down), 0)
+    if palette is not None:
+        padded.putpalette(palette)
+    padded.paste(image, (across, down))
+    return padded
+
+
+def preprocess_to_bytes(image: Image.Image, size: int) -> np.ndarray:
+    """Pad, resize the short side to ``size``, centre-crop and convert to RGB: uint8 [3, S, S]."""
+    image = target_pad(image)
+    width, height = image.size
+    short, long = sorted((width, height))
+    resized_long = int(size * long / short)
+    wanted = (size, resized_long) if width <= height else (resized_long, size)
+    if image.size != wanted:
+        image = image.resize(wanted, Image.Resampling.BICUBIC)
+    left = round((image.width - size) / 2.0)
+    top = round((image.height - size) / 2.0)
+    image = image.crop((left, top, left + size, top + size)).convert("RGB")
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def normalise(pixels_BCHW: np.ndarray) -> np.ndarray:
+    """uint8 [B, 3, S, S] to float32 with CLIP's mean and standard deviation, B x 3 x S x S."""
+    mean = np.asarray(CLIP_MEAN, np.float32)[:, None, None]
+    std = np.asarray(CLIP_STD, np.float32)[:, None, None]
+    result: np.ndarray = (pixels_BCHW.astype(np.float32) / np.float32(255) - mean) / std
+    return result

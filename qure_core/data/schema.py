@@ -1,0 +1,101 @@
+"""The one schema every dataset becomes, and its Parquet form.
+
+A `Split` holds triplets, the URI of every image they or the galleries name, and the galleries: per
+category, the distinct images that a query of the category is ranked against.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qure_core import storage
+
+SPLIT_KIND = "dataset split"
+
+_TRIPLETS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("reference_id", pa.string()),
+        ("text", pa.string()),
+        ("target_id", pa.string()),
+        ("category", pa.string()),
+        ("group", pa.list_(pa.string())),
+        ("relevant_ids", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """A query (reference image and modification text) and what answers it.
+
+    ``text`` is the text as the dataset's protocol joins it, before the model's clean-up.
+    ``target_id`` is None in test splits. ``category`` names the gallery. ``group`` is CIRR's image
+    set (the reference included). ``relevant_ids`` is every image known to satisfy the query, the
+    target first; empty where unknown.
+    """
+
+    query_id: str
+    reference_id: str
+    text: str
+    target_id: str | None
+    category: str
+    group: tuple[str, ...] = ()
+    relevant_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Triplets, image URIs by id, and the gallery (sorted distinct image ids) of each category."""
+
+    name: str
+    triplets: tuple[Triplet, ...]
+    images: dict[str, str]
+    galleries: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def write_split(uri: str, split: Split) -> None:
+    """Commit ``split`` to directory ``uri`` as three Parquet files and a manifest."""
+    with storage.committed_directory(uri, SPLIT_KIND) as (directory, description):
+        rows = [asdict(triplet) for triplet in split.triplets]
+        pq.write_table(pa.Table.from_pylist(rows, _TRIPLETS), directory / "triplets.parquet")
+        images = {"image_id": list(split.images), "uri": list(split.images.values())}
+        pq.write_table(pa.table(images), directory / "images.parquet")
+        galleries = pa.table(
+            {"category": list(split.galleries), "image_ids": list(split.galleries.values())},
+            schema=pa.schema([("category", pa.string()), ("image_ids", pa.list_(pa.string()))]),
+        )
+        pq.write_table(galleries, directory / "galleries.parquet")
+        description |= {
+            "name": split.name,
+            "triplets": len(split.triplets),
+            "images": len(split.images),
+        }
+
+
+def read_split(uri: str) -> Split:
+    """Read what `write_split` committed."""
+    manifest = storage.read_manifest(uri, SPLIT_KIND)
+
+    def table(name: str) -> pa.Table:
+        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, name))))
+
+    triplets = tuple(
+        Triplet(**row | {key: tuple(row[key]) for key in ("group", "relevant_ids")})
+        for row in table("triplets.parquet").to_pylist()
+    )
+    images = table("images.parquet").to_pydict()
+    galleries = table("galleries.parquet").to_pydict()
+    return Split(
+        name=manifest["name"],
+        triplets=triplets,
+        images=dict(zip(images["image_id"], images["uri"], strict=True)),
+        galleries={
+            category: tuple(ids)
+            for category, ids in zip(galleries["category"], galleries["image_ids"], strict=True)
+        },
+    )

@@ -1,0 +1,60 @@
+"""The configured dataset, whichever layout it has."""
+
+from __future__ import annotations
+
+from qure_core import storage
+from qure_core.config import DataSettings
+from qure_core.data.circo import read_circo
+from qure_core.data.cirr import read_cirr
+from qure_core.data.fashioniq import read_fashioniq
+from qure_core.data.jsonl import read_jsonl
+from qure_core.data.schema import Split
+from qure_core.errors import InputError, Problem, raise_problems
+
+
+def read_source(data: DataSettings, split: str) -> tuple[Split, list[Problem]]:
+    """Read ``split`` of the configured dataset with everything that is wrong with it."""
+    if not storage.exists(data.root):
+        raise InputError(f"data.root: {data.root} does not exist")
+    if data.format == "cirr":
+        return read_cirr(data.root, split)
+    if data.format == "circo":
+        return read_circo(data.root, split)
+    if data.format == "jsonl":
+        return read_jsonl(data.root, split)
+    return read_fashioniq(data.root, split, data.categories)
+
+
+def load_split(data: DataSettings, split: str) -> Split:
+    """Read ``split``, or raise one `InputError` that lists what is wrong with it."""
+    loaded, problems = read_source(data, split)
+    raise_problems(problems, f"{data.root} ({data.format} layout, {split} split)")
+    return loaded
+
+
+def mining_galleries(data: DataSettings, split: Split) -> dict[str, tuple[str, ...]]:
+    """The corpus each category mines among: its training targets, or its whole split.
+
+    FashionIQ mines among the targets of the category, CIRR among all images (QuRe, section 4).
+    """
+    default = "targets" if data.format in ("world", "fashioniq") else "split"
+    if (data.mining_corpus or default) == "split":
+        return split.galleries
+    targets: dict[str, set[str]] = {category: set() for category in split.galleries}
+    for triplet in split.triplets:
+        if triplet.target_id is not None:
+            targets[triplet.category].add(triplet.target_id)
+    return {category: tuple(sorted(ids)) for category, ids in targets.items()}
+
+
+def load_descriptions(data: DataSettings, split: Split) -> dict[str, str]:
+    """Captions of ``split``'s images for pretraining: {image id: caption}, sorted by id."""
+    if data.descriptions is None:
+        return {}
+    uri = storage.join(data.root, data.descriptions)
+    if not storage.exists(uri):
+        return {}
+    value = storage.read_json(uri)
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise InputError(f"{uri}: must map image ids to captions (text)")
+    return {name: value[name] for name in sorted(split.images) if name in value}

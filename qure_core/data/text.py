@@ -1,0 +1,28 @@
+"""Modification texts: the clean-up of LAVIS's ``blip_caption`` and each dataset's joining rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+MAX_WORDS = 50
+
+
+def clean_text(text: str) -> str:
+    """LAVIS ``blip_caption`` (eval): lower-case, drop punctuation, keep the first 50 words."""
+    text = re.sub(r"([.!\"()*#:;~])", " ", text.lower())
+    text = re.sub(r"\s{2,}", " ", text)
+    text = text.rstrip("\n").strip(" ")
+    words = text.split(" ")
+    return " ".join(words[:MAX_WORDS])
+
+
+def join_fashioniq(captions: Sequence[str]) -> str:
+    """FashionIQ's two captions as one text, as the released QuRe program joins them."""
+    first, second = captions
+    return f"{first.strip('.?, ').capitalize()} and {second.strip('.?, ')}"
+
+
+def circo_prompt(caption: str) -> str:
+    """CIRCO's relative caption as the released QuRe program prompts with it."""
+    return f"a photo of $ that {caption}"

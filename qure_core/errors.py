@@ -1,0 +1,45 @@
+"""Errors that a user can act on, and the exit status they end a pipeline with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+class InputError(ValueError):
+    """Bad input: the message names the file, row or setting, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a dataset: where (file, and row or key if any) and what."""
+
+    file: str
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        place = f"{self.file} [{self.where}]" if self.where else self.file
+        return f"{place}: {self.message}"
+
+
+def raise_problems(problems: Sequence[Problem], heading: str, shown: int = 20) -> None:
+    """Raise one `InputError` listing the first ``shown`` problems, or return if there are none."""
+    if not problems:
+        return
+    lines = [f"{heading}: {len(problems)} problem(s)"]
+    lines += [f"  {problem}" for problem in problems[:shown]]
+    if len(problems) > shown:
+        lines.append(f"  ... and {len(problems) - shown} more; list them all with")
+        lines.append("  python pipelines/prepare.py validate --config CONFIG")
+    raise InputError("\n".join(lines))
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a pipeline's ``main``; an `InputError` becomes its message and exit status 2."""
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,162 @@
+"""Evaluation of a checkpoint on Ray: rank each query's gallery, keep what metrics need."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from qure_core import storage
+from qure_core.config import Settings
+from qure_core.data.schema import Split
+from qure_core.embedding import EmbeddingShards, checkpoint_digest, embed_split
+from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
+from qure_core.resources import Plan
+from qure_core.scoring import QueryBlock, make_blocks, map_blocks, score_block
+
+EVALUATION_KIND = "evaluation"
+
+
+def galleries_of(split: Split, kind: str) -> dict[str, tuple[str, ...]]:
+    """The images ranked per category: the whole split, or the union of references and targets."""
+    if kind == "split":
+        return split.galleries
+    union: dict[str, set[str]] = {category: set() for category in split.galleries}
+    for triplet in split.triplets:
+        union[triplet.category] |= {triplet.reference_id, str(triplet.target_id)}
+    return {category: tuple(sorted(ids)) for category, ids in union.items()}
+
+
+def _rank_block(
+    block: QueryBlock, embeddings_uri: str, output: str, top_k: int, drop_reference: bool
+) -> dict[str, Any]:
+    scores_QM = score_block(EmbeddingShards.open(embeddings_uri), block)
+    column = {image_id: i for i, image_id in enumerate(block.corpus)}
+    rows = []
+    for triplet, scores_M in zip(block.triplets, scores_QM, strict=True):
+        if drop_reference and triplet.reference_id != triplet.target_id:
+            scores_M[column[triplet.reference_id]] = -torch.inf
+        # Equal scores rank by image id, which is column order.
+        order_M = scores_M.sort(descending=True, stable=True).indices.numpy()
+        rank_of = np.empty(len(order_M), np.int64)
+        rank_of[order_M] = np.arange(len(order_M))
+        top = order_M[:top_k]
+        rows.append(
+            {
+                "query_id": triplet.query_id,
+                "category": triplet.category,
+                "target_id": triplet.target_id,
+                "target_rank": int(rank_of[column[str(triplet.target_id)]]),
+                "top_ids": [block.corpus[i] for i in top],
+                "top_scores": scores_M[top].tolist(),
+                "relevant_ranks": sorted(
+                    int(rank_of[column[i]]) for i in triplet.relevant_ids if i in column
+                ),
+            }
+        )
+    schema = pa.schema(
+        [
+            ("query_id", pa.string()),
+            ("category", pa.string()),
+            ("target_id", pa.string()),
+            ("target_rank", pa.int64()),
+            ("top_ids", pa.list_(pa.string())),
+            ("top_scores", pa.list_(pa.float32())),
+            ("relevant_ranks", pa.list_(pa.int64())),
+        ]
+    )
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="zstd")
+    storage.write_bytes(storage.join(output, f"part-{block.number:05d}.parquet"), buffer.getvalue())
+    return {}
+
+
+def evaluate_checkpoint(
+    settings: Settings, plan: Plan, checkpoint: str, split: Split, output: str, name: str
+) -> dict[str, Any]:
+    """Rank every query of ``split`` with ``checkpoint``; commit rankings and metrics to ``output``.
+
+    Returns the manifest, whose "metrics" follow FashionIQ's protocol per category, with
+    R-precision and the relevant images found in the top 10 where relevance is known.
+    """
+    # CIRR removes the reference from the ranking first; FashionIQ does not.
+    drop_reference = settings.data.format == "cirr"
+    facts = {
+        "name": name,
+        "checkpoint": checkpoint_digest(checkpoint),
+        "gallery": settings.evaluation.gallery,
+        "split": split.name,
+    }
+    if storage.is_committed(output):
+        manifest = storage.read_manifest(output, EVALUATION_KIND)
+        if all(manifest[key] == value for key, value in facts.items()):
+            return manifest
+    storage.remove(output)
+    galleries = galleries_of(split, settings.evaluation.gallery)
+    embeddings_uri = f"{output}-embeddings"
+    embed_split(
+        checkpoint,
+        split,
+        set().union(*galleries.values()),
+        embeddings_uri,
+        settings.cluster,
+        plan,
+        settings.data.max_image_pixels,
+    )
+    blocks = make_blocks(split.triplets, galleries, settings.mining.memory_mb)
+    map_blocks(
+        f"evaluate {name}",
+        blocks,
+        _rank_block,
+        arguments={
+            "embeddings_uri": embeddings_uri,
+            "output": output,
+            "top_k": settings.evaluation.top_k,
+            "drop_reference": drop_reference,
+        },
+    )
+    names = [f"part-{block.number:05d}.parquet" for block in blocks]
+    rows = _read_parts(output, names).to_pylist()
+    description = facts | {
+        "queries": len(rows),
+        "gallery_images": {category: len(ids) for category, ids in galleries.items()},
+        "metrics": summarise(rows),
+    }
+    storage.write_manifest(output, EVALUATION_KIND, description, names)
+    storage.remove(embeddings_uri)
+    return storage.read_manifest(output, EVALUATION_KIND)
+
+
+def _read_parts(uri: str, names: Sequence[str]) -> pa.Table:
+    return pa.concat_tables(
+        pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, name)))) for name in names
+    )
+
+
+def read_rankings(uri: str) -> pa.Table:
+    """The ranking rows of a committed evaluation."""
+    manifest = storage.read_manifest(uri, EVALUATION_KIND)
+    return _read_parts(uri, sorted(manifest["files"]))
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of ranking rows; recalls in percent, R-precision and found-in-top-10 likewise."""
+    ranks: dict[str, list[int]] = {}
+    for row in rows:
+        ranks.setdefault(row["category"], []).append(row["target_rank"])
+    metrics: dict[str, Any] = {"recall": fashioniq_summary(ranks)}
+    judged = [row["relevant_ranks"] for row in rows if row["relevant_ranks"]]
+    if judged:
+        metrics["relevance"] = {
+            "queries": len(judged),
+            "R-precision": float(np.mean([r_precision(r, len(r)) for r in judged]) * 100),
+            "relevant in top 10": float(
+                np.mean([found_in_top(r, len(r), 10) for r in judged]) * 100
+            ),
+        }
+    return metrics

@@ -1,0 +1,92 @@
+"""The mined set of one round on disk: a Parquet row per query, committed by its manifest."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qure_core import storage
+
+MINED_KIND = "mined set"
+SCHEMA_VERSION = 1
+
+_DROP = pa.struct(
+    [
+        ("rank", pa.int64()),  # of the last image above the drop, 0 the best
+        ("height", pa.float32()),
+        ("score_above", pa.float32()),
+        ("score_below", pa.float32()),
+    ]
+)
+
+MINED_SCHEMA = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("category", pa.string()),
+        ("target_id", pa.string()),
+        ("target_score", pa.float32()),
+        ("target_rank", pa.int64()),
+        ("upper_drop", _DROP),
+        ("lower_drop", _DROP),
+        ("num_negatives", pa.int64()),
+        ("negative_ids", pa.large_list(pa.dictionary(pa.int32(), pa.string()))),
+        ("negative_scores", pa.large_list(pa.float32())),
+        ("status", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class MinedSet:
+    """One committed round: its manifest and its rows."""
+
+    uri: str
+    manifest: dict[str, Any]
+    table: pa.Table
+
+    def negatives(self) -> dict[str, np.ndarray]:
+        """Hard negatives of every query: {query id: array of image ids}, best first."""
+        ids = self.table["query_id"].to_pylist()
+        column = self.table["negative_ids"].combine_chunks()
+        offsets = column.offsets.to_numpy()
+        values = np.asarray(column.values.cast(pa.string()).to_pylist(), dtype=object)
+        return {
+            query_id: values[offsets[row] : offsets[row + 1]] for row, query_id in enumerate(ids)
+        }
+
+    def rows_without_negatives(self) -> list[dict[str, Any]]:
+        """Every query's row but its negatives and their scores."""
+        names = [name for name in self.table.column_names if not name.startswith("negative_")]
+        rows: list[dict[str, Any]] = self.table.select(names).to_pylist()
+        return rows
+
+
+def read_curves(mined: MinedSet) -> dict[str, np.ndarray]:
+    """Whole sorted score curves of the round's example queries: {query id: scores}."""
+    curves = {}
+    for name in mined.manifest["files"]:
+        if name.startswith("curves-"):
+            data = storage.read_bytes(storage.join(mined.uri, name))
+            table = pq.read_table(io.BytesIO(data)).to_pydict()
+            for query_id, scores in zip(table["query_id"], table["scores"], strict=True):
+                curves[query_id] = np.asarray(scores, np.float32)
+    return curves
+
+
+def read_mined_set(uri: str, columns: list[str] | None = None) -> MinedSet:
+    """Read a committed round; `InputError` if it is not finished or damaged.
+
+    ``columns`` limits what is read, e.g. to leave out the negatives.
+    """
+    manifest = storage.read_manifest(uri, MINED_KIND)
+    parts = sorted(name for name in manifest["files"] if name.startswith("part-"))
+    tables = [
+        pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, name))), columns=columns)
+        for name in parts
+    ]
+    return MinedSet(uri, manifest, pa.concat_tables(tables).unify_dictionaries())

@@ -1,0 +1,100 @@
+"""The processor beside the model: image preprocessing and tokenisation, saved together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, trainers
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from torch import Tensor
+from transformers import BertTokenizer, PreTrainedTokenizerBase
+
+from qure_core.data.images import normalise, preprocess_to_bytes
+from qure_core.data.text import clean_text
+from qure_core.errors import InputError
+
+PROCESSOR_FILE = "qure_processor.json"
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+DECODER_TOKEN = "[DEC]"  # BLIP-2 appends it to BERT's vocabulary; QuRe never uses it
+
+
+class QuReProcessor:
+    """Turns images into ``pixel_values`` and texts into ``input_ids`` and ``attention_mask``."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, image_size: int, max_text_tokens: int = 32
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.max_text_tokens = max_text_tokens
+
+    def image_bytes(self, image: Image.Image) -> np.ndarray:
+        """Padded, resized and cropped pixels, uint8 [3, S, S]."""
+        return preprocess_to_bytes(image, self.image_size)
+
+    def pixel_values(self, pixels_BCHW: np.ndarray) -> Tensor:
+        """uint8 [B, 3, S, S] to the model's normalised float32 input of the same shape."""
+        return torch.from_numpy(normalise(pixels_BCHW))
+
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """PIL images to ``pixel_values`` [B, 3, S, S]."""
+        return self.pixel_values(np.stack([self.image_bytes(image) for image in images]))
+
+    def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Clean and tokenise: ``input_ids`` and ``attention_mask``, both int64 [B, L].
+
+        Padded to the longest of the batch: the released program pads to the maximum, but masked
+        tokens are attended to by nothing, so only time differs.
+        """
+        encoded = self.tokenizer(
+            [clean_text(text) for text in texts],
+            padding="longest",
+            pad_to_multiple_of=8,
+            truncation=True,
+            max_length=self.max_text_tokens,
+            return_tensors="pt",
+        )
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        facts = {"image_size": self.image_size, "max_text_tokens": self.max_text_tokens}
+        (directory / PROCESSOR_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+        self.tokenizer.save_pretrained(directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> QuReProcessor:
+        directory = Path(directory)
+        file = directory / PROCESSOR_FILE
+        if not file.exists():
+            raise InputError(f"{file}: no such file; {directory} holds no QuRe processor")
+        facts = json.loads(file.read_text())
+        return cls(BertTokenizer.from_pretrained(directory), **facts)
+
+
+def learn_tokenizer(texts: Iterable[str], vocabulary_size: int) -> BertTokenizer:
+    """A BERT WordPiece tokenizer learned from ``texts``, for models that start from nothing.
+
+    The same texts in the same order give the same vocabulary.
+    """
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary_size, special_tokens=SPECIAL_TOKENS, show_progress=False
+    )
+    wordpiece.train_from_iterator((clean_text(text) for text in texts), trainer)
+    return with_decoder_token(BertTokenizer(vocab=wordpiece.get_vocab()))
+
+
+def with_decoder_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Append BLIP-2's [DEC] token, so that ids and the vocabulary size match its weights."""
+    tokenizer.add_special_tokens({"bos_token": DECODER_TOKEN})
+    return tokenizer

@@ -1,0 +1,210 @@
+"""Building a run's report from what the run has committed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from qure_core import storage
+from qure_core.config import Settings
+from qure_core.data.images import load_image
+from qure_core.data.schema import Split, Triplet
+from qure_core.evaluation.stage import read_rankings
+from qure_core.mining.mined_set import MinedSet, read_curves, read_mined_set
+from qure_core.report.figures import loss_curve, recall_curve, score_curve, thumbnail
+from qure_core.seeds import generator
+from qure_core.training.layout import committed, evaluation_uri, round_uri
+from qure_core.training.schedule import mining_epochs
+
+TOP = 10
+COLUMNS = ("R@10", "R@50", "mean", "R-precision", "relevant in top 10")
+
+
+def example_queries(split: Split, count: int, seed: int) -> list[Triplet]:
+    """The queries that a report shows, the same in every round."""
+    rng = generator(seed, "report examples", split.name)
+    chosen = rng.permutation(len(split.triplets))[:count]
+    return [split.triplets[i] for i in sorted(chosen)]
+
+
+def build_report(settings: Settings, train: Split, val: Split) -> str:
+    """Write report/index.html, one file with everything inside; return its URI."""
+    run_dir = settings.run.dir
+    evaluations = committed(run_dir, "evaluations")
+    rounds = committed(run_dir, "rounds")
+    lines = [json.loads(x) for x in storage.read_bytes(f"{run_dir}/metrics.jsonl").splitlines()]
+    minings = [row["epoch"] for row in rounds]
+    mined = {epoch: read_mined_set(round_uri(run_dir, epoch)) for epoch in minings}
+    show_train = _shower(train, settings.data.max_image_pixels)
+    show_val = _shower(val, settings.data.max_image_pixels)
+    last = mined[minings[-1]] if minings else None
+    schedule = mining_epochs(settings.train)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("qure_core.report", ""), autoescape=True
+    )
+    page = environment.get_template("report.html.j2").render(
+        run_dir=run_dir,
+        facts={
+            "triplets": f"{len(train.triplets):,}",
+            "images": f"{len(train.images):,}",
+            "queries": f"{len(val.triplets):,}",
+            "model": settings.model.pretrained or settings.model.preset,
+            "epochs": settings.train.epochs,
+            "warmup": schedule[0] if schedule else settings.train.epochs,
+            "seed": settings.run.seed,
+            "gallery": settings.evaluation.gallery,
+        },
+        columns=COLUMNS,
+        metrics=[_metric_row(row) for row in evaluations],
+        categories=_category_rows(evaluations[-1]),
+        curves=_curves(lines, evaluations, minings),
+        rounds=[_round_row(row, mined[row["epoch"]], train) for row in rounds],
+        mined=_mined_examples(settings, train, last, show_train) if last else [],
+        ranked=_ranked_examples(settings, val, evaluations, show_val),
+    )
+    uri = storage.join(run_dir, "report", "index.html")
+    storage.write_bytes(uri, page.encode())
+    return uri
+
+
+def _metric_row(evaluation: dict[str, Any]) -> dict[str, Any]:
+    metrics = evaluation["metrics"]
+    values = metrics["recall"]["average"] | metrics.get("relevance", {})
+    shown = [f"{values[name]:.2f}" if name in values else "" for name in COLUMNS]
+    return {"name": evaluation["name"], "epoch": evaluation["epoch"], "values": shown}
+
+
+def _category_rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
+    recall = evaluation["metrics"]["recall"]
+    return [
+        {
+            "name": category,
+            "images": f"{count:,}",
+            "r10": f"{recall[category]['R@10']:.2f}",
+            "r50": f"{recall[category]['R@50']:.2f}",
+        }
+        for category, count in evaluation["gallery_images"].items()
+        if category in recall
+    ]
+
+
+def _curves(
+    lines: list[dict[str, Any]], evaluations: list[dict[str, Any]], minings: list[int]
+) -> list[dict[str, str]]:
+    epochs = {
+        stage: [row for row in lines if row["kind"] == "epoch" and row["stage"] == stage]
+        for stage in ("pretrain", "train")
+    }
+    figures = [
+        {
+            "src": loss_curve(epochs["train"], minings, "Bradley-Terry loss"),
+            "alt": "training loss",
+        },
+        {"src": recall_curve(evaluations, minings), "alt": "recall"},
+    ]
+    if epochs["pretrain"]:
+        src = loss_curve(epochs["pretrain"], [], "pretraining contrastive loss")
+        figures.append({"src": src, "alt": "pretraining loss"})
+    return figures
+
+
+def _round_row(manifest: dict[str, Any], mined: MinedSet, train: Split) -> list[str]:
+    statistics = manifest["statistics"]
+    relevant = false_negative_share(mined, train)
+    return [
+        str(manifest["epoch"]),
+        f"{manifest['queries']:,}",
+        f"{statistics['steep_share']:.1%}",
+        f"{statistics['statuses']['below_target']:,}",
+        f"{statistics['statuses']['corpus']:,}",
+        f"{statistics['target_rank']['median']:,.0f}",
+        f"{statistics['set_size']['median']:,.0f}",
+        f"{statistics['margin_to_target']['median']:.4f}",
+        "unknown" if relevant is None else f"{relevant:.2%}",
+        f"{sum(v for k, v in manifest['seconds'].items() if k in ('embed', 'score to write, wall')):.1f}",
+    ]
+
+
+def false_negative_share(mined: MinedSet, train: Split) -> float | None:
+    """Mean share of a query's hard negatives that are relevant; None where relevance is unknown."""
+    negatives = mined.negatives()
+    shares = [
+        float(np.isin(negatives[t.query_id], t.relevant_ids).mean())
+        for t in train.triplets
+        if t.relevant_ids
+    ]
+    return float(np.mean(shares)) if shares else None
+
+
+def _shower(split: Split, max_pixels: int) -> Callable[[str, Triplet], dict[str, str]]:
+    @lru_cache(maxsize=None)
+    def source(image_id: str) -> str:
+        return thumbnail(load_image(split.images[image_id], max_pixels))
+
+    def show(image_id: str, query: Triplet) -> dict[str, str]:
+        mark = "target" if image_id == query.target_id else ""
+        if not mark and image_id in query.relevant_ids:
+            mark = "relevant"
+        return {"id": image_id, "src": source(image_id), "mark": mark}
+
+    return show
+
+
+def _mined_examples(
+    settings: Settings, train: Split, mined: MinedSet, show: Callable[..., dict[str, str]]
+) -> list[dict[str, Any]]:
+    rows = {row["query_id"]: row for row in mined.rows_without_negatives()}
+    negatives = mined.negatives()
+    curves = read_curves(mined)
+    examples = []
+    for query in example_queries(train, settings.report.examples, settings.run.seed):
+        chosen = negatives[query.query_id]
+        examples.append(
+            {
+                "id": query.query_id,
+                "category": query.category,
+                "text": query.text,
+                "curve": score_curve(curves[query.query_id], rows[query.query_id]),
+                "reference": show(query.reference_id, query),
+                "target": show(str(query.target_id), query),
+                "count": f"{len(chosen):,}",
+                "negatives": [show(image_id, query) for image_id in chosen[:TOP]],
+            }
+        )
+    return examples
+
+
+def _ranked_examples(
+    settings: Settings,
+    val: Split,
+    evaluations: list[dict[str, Any]],
+    show: Callable[..., dict[str, str]],
+) -> list[dict[str, Any]]:
+    before, after = (
+        {
+            row["query_id"]: row
+            for row in read_rankings(evaluation_uri(settings.run.dir, epoch)).to_pylist()
+        }
+        for epoch in (evaluations[0]["epoch"], evaluations[-1]["epoch"])
+    )
+    examples = []
+    for query in example_queries(val, settings.report.examples, settings.run.seed):
+        first, last = before[query.query_id], after[query.query_id]
+        examples.append(
+            {
+                "category": query.category,
+                "text": query.text,
+                "reference": show(query.reference_id, query),
+                "target": show(str(query.target_id), query),
+                "before_rank": first["target_rank"],
+                "after_rank": last["target_rank"],
+                "before": [show(image_id, query) for image_id in first["top_ids"][:TOP]],
+                "after": [show(image_id, query) for image_id in last["top_ids"][:TOP]],
+            }
+        )
+    return examples

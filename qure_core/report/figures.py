@@ -1,0 +1,112 @@
+"""Figures of the report, as PNG data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+THUMBNAIL = 112
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def thumbnail(image: Image.Image) -> str:
+    """A small copy of ``image``, on white where it is transparent."""
+    rgba = image.convert("RGBA")
+    rgba.thumbnail((THUMBNAIL, THUMBNAIL))
+    flat = Image.new("RGB", rgba.size, "white")
+    flat.paste(rgba, mask=rgba.getchannel("A"))
+    buffer = io.BytesIO()
+    flat.save(buffer, "JPEG", quality=85)
+    return data_uri(buffer.getvalue(), "jpeg")
+
+
+def _finish(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return data_uri(buffer.getvalue(), "png")
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(width, height))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def loss_curve(epochs: list[dict[str, Any]], minings: list[int], label: str) -> str:
+    """Mean loss per epoch, with the epochs at which negatives were mined."""
+    figure, axes = _axes(5.2, 3.0)
+    axes.plot([row["epoch"] for row in epochs], [row["loss"] for row in epochs], marker=".")
+    for epoch in minings:
+        axes.axvline(epoch, color="tab:red", alpha=0.4, linestyle="--", linewidth=1)
+    axes.set_xlabel("epoch" + (" (dashed: mining)" if minings else ""))
+    axes.set_ylabel(label)
+    return _finish(figure)
+
+
+def recall_curve(evaluations: list[dict[str, Any]], minings: list[int]) -> str:
+    """Average recalls (and R-precision where known) over the epochs evaluated."""
+    figure, axes = _axes(5.2, 3.0)
+    epochs = [row["epoch"] for row in evaluations]
+    for name in ("R@10", "R@50"):
+        values = [row["metrics"]["recall"]["average"][name] for row in evaluations]
+        axes.plot(epochs, values, marker="o", label=name)
+    judged = [row for row in evaluations if "relevance" in row["metrics"]]
+    if judged:
+        values = [row["metrics"]["relevance"]["R-precision"] for row in judged]
+        axes.plot([row["epoch"] for row in judged], values, marker="s", label="R-precision")
+    for epoch in minings:
+        axes.axvline(epoch, color="tab:red", alpha=0.4, linestyle="--", linewidth=1)
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("val, percent")
+    axes.legend(frameon=False)
+    return _finish(figure)
+
+
+def score_curve(scores: np.ndarray, row: dict[str, Any]) -> str:
+    """One query's sorted scores: the target, both drops, and the hard negatives shaded.
+
+    ``row`` is the query's row of the mined set.
+    """
+    figure, axes = _axes(5.2, 3.0)
+    ranks = np.arange(len(scores))
+    axes.plot(ranks, scores, color="black", linewidth=1)
+    target = row["target_rank"]
+    axes.plot(target, scores[target], marker="*", color="tab:green", markersize=12, linestyle="none",
+              label=f"target, rank {target}")
+    upper, lower = row["upper_drop"], row["lower_drop"]
+    if upper and lower:
+        first, last = upper["rank"] + 1, lower["rank"]
+        for drop, name in ((upper, "upper"), (lower, "lower")):
+            axes.plot(
+                [drop["rank"], drop["rank"] + 1],
+                [drop["score_above"], drop["score_below"]],
+                color="tab:red",
+                linewidth=2.5,
+                label=f"{name} drop, {drop['height']:.4f} after rank {drop['rank']}",
+            )
+    else:
+        first = target + 1 if target + 1 < len(scores) else 0
+        last = first + row["num_negatives"] - 1
+    axes.axvspan(first - 0.5, last + 0.5, color="tab:orange", alpha=0.2,
+                 label=f"{row['num_negatives']} hard negatives ({row['status']})")
+    axes.set_xlabel("rank")
+    axes.set_ylabel("relevance score")
+    axes.legend(frameon=False, fontsize=7)
+    return _finish(figure)

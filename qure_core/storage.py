@@ -1,0 +1,244 @@
+"""Files behind URIs, and directories that appear whole or not at all.
+
+Every path the pipelines take is a URI that fsspec understands: a local path, ``s3://``,
+``memory://``. A result directory is *committed* by its ``manifest.json``, written last and listing
+every file with its size and SHA-256; a directory without one is ignored by every reader. On object
+storage there is no rename, so the manifest is the whole of the protocol; on a local file system
+the directory is also renamed into place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from qure_core.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of ``uri`` and the path within it."""
+    fs, path = url_to_fs(uri)
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    return isinstance(filesystem(uri)[0], LocalFileSystem)
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def resolve(path: str) -> str:
+    """Make a relative local path absolute, against a place that outlives the process.
+
+    A job submitted to Ray runs in Ray's temporary copy of the working directory, where results
+    would be lost. So a relative path is taken from ``QURE_HOME`` if that is set, else from
+    ``~/qure`` inside a submitted job, else from the current directory.
+    """
+    if "://" in path or os.path.isabs(path):
+        return path
+    if home := os.environ.get("QURE_HOME"):
+        return os.path.join(home, path)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return str(Path.home() / "qure" / path)
+    return os.path.abspath(path)
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def list_names(uri: str) -> list[str]:
+    """Names directly under ``uri``, sorted; empty if it does not exist."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache(path)
+    if not fs.exists(path):
+        return []
+    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+
+
+def read_bytes(uri: str) -> bytes:
+    with fsspec.open(uri, "rb") as file:
+        return bytes(file.read())
+
+
+def read_json(uri: str) -> Any:
+    try:
+        return json.loads(read_bytes(uri))
+    except FileNotFoundError:
+        raise InputError(f"{uri}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{uri}: not valid JSON ({error})") from None
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a whole file; on a local file system through a rename, so it is never half there."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        partial = f"{path}.{uuid.uuid4().hex}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            if os.path.exists(partial):
+                os.unlink(partial)
+    else:
+        fs.pipe_file(path, data)
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def check_writable(uri: str, setting: str) -> None:
+    """Raise `InputError` naming ``setting`` unless a file can be created under ``uri``."""
+    probe = join(uri, f".probe-{uuid.uuid4().hex}")
+    try:
+        write_bytes(probe, b"")
+        remove(probe)
+    except OSError as error:
+        raise InputError(
+            f"{setting}: cannot write to {uri} ({error.strerror or error}); "
+            f"choose a directory you may write to, e.g. --{setting} /path/to/runs/name"
+        ) from None
+
+
+def remove(uri: str) -> None:
+    """Remove a file or a whole directory; nothing happens if it does not exist."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def file_digest(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def committed_directory(uri: str, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield a local directory to fill and a dict to describe it; commit both to ``uri`` on exit.
+
+    The manifest gets ``kind``, the dict's entries, and every file's size and SHA-256. If the body
+    raises, nothing appears at ``uri``. A previous directory at ``uri`` is replaced.
+    """
+    fs, path = filesystem(uri)
+    local = isinstance(fs, LocalFileSystem)
+    if local:
+        parent = os.path.dirname(path.rstrip("/"))
+        os.makedirs(parent, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent))
+    else:
+        staging = Path(tempfile.mkdtemp(prefix="qure-staging-"))
+    try:
+        description: dict[str, Any] = {}
+        yield staging, description
+        names = sorted(
+            str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file()
+        )
+        files = {
+            name: {
+                "bytes": (staging / name).stat().st_size,
+                "sha256": file_digest(staging / name),
+            }
+            for name in names
+        }
+        manifest = {"kind": kind, **description, "files": files}
+        if local:
+            staging.chmod(0o755)
+            write_json(str(staging / MANIFEST), manifest)
+            remove(uri)
+            os.replace(staging, path)
+        else:
+            remove(uri)
+            for name in names:
+                fs.put_file(str(staging / name), join(path, name))
+            write_json(join(uri, MANIFEST), manifest)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_manifest(uri: str, kind: str, description: dict[str, Any], names: list[str]) -> None:
+    """Commit files that other processes wrote under ``uri``: check that all exist, then say so."""
+    fs, path = filesystem(uri)
+    files = {}
+    for name in sorted(names):
+        data = fs.cat_file(join(path, name))
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_json(join(uri, MANIFEST), {"kind": kind, **description, "files": files})
+
+
+def is_committed(uri: str) -> bool:
+    return exists(join(uri, MANIFEST))
+
+
+def read_manifest(uri: str, kind: str) -> dict[str, Any]:
+    """Read the manifest of a committed directory, checking its kind and every file's size."""
+    if not is_committed(uri):
+        raise InputError(f"{uri}: no {MANIFEST}, so this is not a finished {kind}")
+    manifest: dict[str, Any] = read_json(join(uri, MANIFEST))
+    if manifest.get("kind") != kind:
+        raise InputError(f"{uri}: holds a {manifest.get('kind')!r}, where a {kind!r} is needed")
+    fs, path = filesystem(uri)
+    for name, facts in manifest["files"].items():
+        file = join(path, name)
+        size = fs.size(file) if fs.exists(file) else None
+        if size != facts["bytes"]:
+            found = "missing" if size is None else f"{size} bytes"
+            raise InputError(
+                f"{join(uri, name)}: {found}, but its manifest says {facts['bytes']} bytes; "
+                f"remove {uri} and run the stage again"
+            )
+    return manifest
+
+
+@lru_cache(maxsize=64)
+def _download(uri: str, manifest_digest: str) -> str:
+    """Fetch a remote directory once per process and content."""
+    fs, path = filesystem(uri)
+    target = tempfile.mkdtemp(prefix="qure-fetched-")
+    fs.get(path.rstrip("/") + "/", target + "/", recursive=True)
+    return target
+
+
+def local_directory(uri: str, kind: str, verify: bool = False) -> Path:
+    """Return a local directory with the content of committed ``uri``, fetching it if remote.
+
+    ``verify`` checks every file's SHA-256 against the manifest.
+    """
+    manifest = read_manifest(uri, kind)
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        directory = Path(path)
+    else:
+        digest = hashlib.sha256(read_bytes(join(uri, MANIFEST))).hexdigest()
+        directory = Path(_download(uri, digest))
+    if verify:
+        for name, facts in manifest["files"].items():
+            if file_digest(directory / name) != facts["sha256"]:
+                raise InputError(
+                    f"{join(uri, name)}: content differs from its manifest's SHA-256; "
+                    f"the file is damaged. Remove {uri} and run the stage again"
+                )
+    return directory

@@ -1,0 +1,68 @@
+"""Checkpoints: safetensors weights, processor and optimizer state, committed by a manifest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qure_core import storage
+from qure_core.embedding import CHECKPOINT_KIND
+from qure_core.model import QuReModel, QuReProcessor
+
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+def checkpoint_uri(run_dir: str, stage: str, epoch: int) -> str:
+    """Where the checkpoint after ``epoch`` epochs of ``stage`` ("pretrain", "train") is."""
+    return storage.join(run_dir, "checkpoints", f"{stage}-{epoch:04d}")
+
+
+def save_checkpoint(
+    uri: str,
+    model: QuReModel,
+    processor: QuReProcessor,
+    facts: dict[str, Any],
+    optimizer: dict[str, Any] | None = None,
+) -> None:
+    """Commit a checkpoint. ``facts`` (stage, epoch, ...) go into its manifest."""
+    with storage.committed_directory(uri, CHECKPOINT_KIND) as (directory, description):
+        model.save_pretrained(directory)
+        processor.save_pretrained(directory)
+        if optimizer is not None:
+            torch.save(optimizer, directory / OPTIMIZER_FILE)
+        description |= facts
+
+
+def load_optimizer(uri: str) -> dict[str, Any] | None:
+    """The optimizer and scaler state of a checkpoint, or None if it has none."""
+    directory = storage.local_directory(uri, CHECKPOINT_KIND, verify=True)
+    file = directory / OPTIMIZER_FILE
+    if not file.exists():
+        return None
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return state
+
+
+def latest_epoch(run_dir: str, stage: str) -> int | None:
+    """The newest committed epoch of ``stage``, or None."""
+    folder = storage.join(run_dir, "checkpoints")
+    epochs = [
+        int(name.rsplit("-", 1)[1])
+        for name in storage.list_names(folder)
+        if name.startswith(f"{stage}-") and storage.is_committed(storage.join(folder, name))
+    ]
+    return max(epochs, default=None)
+
+
+def prune_checkpoints(run_dir: str, stage: str, keep: set[int], newest: int) -> None:
+    """Remove checkpoints of ``stage`` but the epochs in ``keep`` and the ``newest`` latest."""
+    folder = storage.join(run_dir, "checkpoints")
+    epochs = sorted(
+        int(name.rsplit("-", 1)[1])
+        for name in storage.list_names(folder)
+        if name.startswith(f"{stage}-") and storage.is_committed(storage.join(folder, name))
+    )
+    for epoch in epochs[:-newest]:
+        if epoch not in keep:
+            storage.remove(checkpoint_uri(run_dir, stage, epoch))

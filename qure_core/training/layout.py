@@ -1,0 +1,33 @@
+"""Where a run keeps what it has done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qure_core import storage
+from qure_core.evaluation.stage import EVALUATION_KIND
+from qure_core.mining.mined_set import MINED_KIND
+
+_KINDS = {"rounds": MINED_KIND, "evaluations": EVALUATION_KIND}
+
+
+def round_uri(run_dir: str, epoch: int) -> str:
+    """Where the mined set used from ``epoch`` on is."""
+    return storage.join(run_dir, "rounds", f"epoch-{epoch:04d}")
+
+
+def evaluation_uri(run_dir: str, epoch: int) -> str:
+    """Where the evaluation after ``epoch`` epochs is."""
+    return storage.join(run_dir, "evaluations", f"epoch-{epoch:04d}")
+
+
+def committed(run_dir: str, folder: str) -> list[dict[str, Any]]:
+    """Manifests of the committed "rounds" or "evaluations" of a run, by epoch."""
+    base = storage.join(run_dir, folder)
+    found = []
+    for name in storage.list_names(base):
+        uri = storage.join(base, name)
+        if not name.endswith("-embeddings") and storage.is_committed(uri):
+            epoch = int(name.removeprefix("epoch-"))
+            found.append(storage.read_manifest(uri, _KINDS[folder]) | {"epoch": epoch})
+    return found

@@ -1,0 +1,281 @@
+"""The training loop of one worker, for pretraining and for fine-tuning.
+
+Each epoch ends in a committed checkpoint. A worker that starts, for whatever reason, goes on from
+the newest one, so a retry by Ray Train, a resubmitted job and a planned next stage are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qure_core import storage
+from qure_core.config import Settings
+from qure_core.data import read_split
+from qure_core.data.schema import Triplet
+from qure_core.embedding import CHECKPOINT_KIND
+from qure_core.mining.mined_set import read_mined_set
+from qure_core.model import QuReModel, load_model
+from qure_core.progress import format_seconds
+from qure_core.training.batches import (
+    Batch,
+    ImageLoader,
+    caption_batches,
+    mined_negative,
+    prefetched,
+    random_negative,
+    step_seed,
+    triplet_batches,
+)
+from qure_core.training.checkpoints import (
+    checkpoint_uri,
+    latest_epoch,
+    load_optimizer,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from qure_core.training.schedule import learning_rate
+from qure_core.training.steps import CaptionStep, TripletStep
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive epochs of one stage, between two stops of the schedule.
+
+    ``mined_uri`` is the mined set whose negatives are used, ``mined_at`` the epoch it was mined
+    at; both None for random negatives. ``keep`` lists epochs whose checkpoints stay.
+    """
+
+    stage: str  # "pretrain" or "train"
+    run_dir: str
+    settings: dict[str, Any]
+    last_epoch: int
+    mined_uri: str | None = None
+    mined_at: int | None = None
+    keep: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What differs between pretraining and fine-tuning."""
+
+    step: nn.Module
+    epochs: int
+    lr: float
+    final_lr: float
+    weight_decay: float
+    batches: Callable[[int], Sequence[Callable[[], Batch]]]
+
+
+def _precision(name: str, device: torch.device) -> torch.dtype | None:
+    """Autocast type, or None for plain float32."""
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def _make_task(segment: Segment, model: QuReModel, load: ImageLoader) -> _Task:
+    settings = Settings(**segment.settings)
+    context = ray.train.get_context()
+    where = {"rank": context.get_world_rank(), "workers": context.get_world_size()}
+    seed = settings.run.seed
+    if segment.stage == "pretrain":
+        captions = storage.read_json(storage.join(segment.run_dir, "data", "captions.json"))
+        pretrain = settings.pretrain
+        model.freeze_vision_encoder(False)
+
+        def caption_epoch(epoch: int) -> Sequence[Callable[[], Batch]]:
+            return caption_batches(
+                captions, load, batch_size=pretrain.batch_size, seed=seed, epoch=epoch, **where
+            )
+
+        return _Task(
+            CaptionStep(model, pretrain.label_smoothing),
+            pretrain.epochs,
+            pretrain.lr,
+            pretrain.lr / 100,
+            pretrain.weight_decay,
+            caption_epoch,
+        )
+
+    train = settings.train
+    split = read_split(storage.join(segment.run_dir, "data", "train"))
+    corpora: dict[str, list[str]] = storage.read_json(
+        storage.join(segment.run_dir, "data", "corpora.json")
+    )
+    mined = read_mined_set(segment.mined_uri).negatives() if segment.mined_uri else None
+
+    def triplet_epoch(epoch: int) -> Sequence[Callable[[], Batch]]:
+        def negative_of(triplet: Triplet) -> str:
+            if mined is None:
+                return random_negative(triplet, corpora[triplet.category], seed, epoch)
+            assert segment.mined_at is not None
+            query = triplet.query_id
+            return mined_negative(query, mined[query], seed, segment.mined_at, epoch)
+
+        return triplet_batches(
+            split.triplets,
+            negative_of,
+            load,
+            batch_size=train.batch_size,
+            seed=seed,
+            epoch=epoch,
+            **where,
+        )
+
+    return _Task(
+        TripletStep(model),
+        train.epochs,
+        train.lr,
+        train.lr * train.final_lr_ratio,
+        train.weight_decay,
+        triplet_epoch,
+    )
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Ray Train's function: run the epochs of ``config`` (a `Segment`'s fields) that remain."""
+    segment = Segment(**config)
+    settings = Settings(**segment.settings)
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(settings.cluster.cpus_per_train_worker)
+    device = ray.train.torch.get_device()
+
+    first = latest_epoch(segment.run_dir, segment.stage)
+    assert first is not None, f"no {segment.stage} checkpoint to start from"
+    start = checkpoint_uri(segment.run_dir, segment.stage, first)
+    directory = storage.local_directory(start, CHECKPOINT_KIND, verify=True)
+    model, processor = load_model(str(directory), dropout=settings.model.dropout)
+    split = read_split(storage.join(segment.run_dir, "data", "train"))
+    load = ImageLoader(
+        split.images,
+        processor,
+        settings.data.max_image_pixels,
+        settings.cluster.decode_threads,
+        settings.cluster.image_cache_mb,
+    )
+    task = _make_task(segment, model, load)
+    model.train()
+    step_module = ray.train.torch.prepare_model(task.step)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=task.lr,
+        weight_decay=task.weight_decay,
+    )
+    dtype = _precision(settings.train.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state := load_optimizer(start):
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+
+    for epoch in range(first, segment.last_epoch):
+        rate = learning_rate(epoch, task.epochs, task.lr, task.final_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        started = time.monotonic()
+        steps = task.batches(epoch)
+        local: list[Tensor] = []
+        counts: list[int] = []
+        for number, batch in enumerate(prefetched(steps)):
+            moved = batch.to(device)
+            torch.manual_seed(step_seed(settings.run.seed, segment.stage, epoch, number, rank))
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                losses_B = step_module(**moved.inputs)
+            total = (losses_B.float() * moved.weight_B).sum()
+            optimizer.zero_grad(set_to_none=True)
+            # DDP averages over workers: scale so that every sample of the batch weighs the same.
+            scaler.scale(total * (workers / batch.count)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            local.append(total.detach())
+            counts.append(batch.count)
+            if rank == 0 and (number + 1) % settings.train.log_every == 0:
+                _print_progress(segment, task, epoch, number + 1, len(steps), started, counts)
+        sums = torch.stack(local)
+        if workers > 1:
+            dist.all_reduce(sums)
+        losses = [float(value) / count for value, count in zip(sums, counts, strict=True)]
+        _check_finite(losses, segment.stage, epoch)
+        facts = {
+            "stage": segment.stage,
+            "epoch": epoch + 1,
+            "loss": sum(float(s) for s in sums) / sum(counts),
+            "lr": rate,
+            "temperature": float(model.temperature.detach()),
+            "samples": sum(counts),
+            "seconds": round(time.monotonic() - started, 3),
+            "negatives": "captions"
+            if segment.stage == "pretrain"
+            else ("steep_drops" if segment.mined_uri else "random"),
+        }
+        if rank == 0:
+            _write_epoch(segment, epoch, losses, facts)
+            uri = checkpoint_uri(segment.run_dir, segment.stage, epoch + 1)
+            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save_checkpoint(uri, model, processor, facts, state)
+            prune_checkpoints(
+                segment.run_dir,
+                segment.stage,
+                {0, *segment.keep},
+                settings.train.keep_checkpoints,
+            )
+            print(
+                f"[{segment.stage}] epoch {epoch + 1}/{task.epochs}: loss {facts['loss']:.4f}, "
+                f"lr {rate:.2e}, temperature {facts['temperature']:.4f}, "
+                f"{facts['samples'] / facts['seconds']:.1f} samples/s",
+                flush=True,
+            )
+        ray.train.report({"epoch": epoch + 1, "loss": facts["loss"]})
+
+
+def _print_progress(
+    segment: Segment,
+    task: _Task,
+    epoch: int,
+    done: int,
+    steps: int,
+    started: float,
+    counts: list[int],
+) -> None:
+    elapsed = time.monotonic() - started
+    left = elapsed / done * (steps - done + steps * (segment.last_epoch - epoch - 1))
+    print(
+        f"[{segment.stage}] epoch {epoch + 1}/{task.epochs}, step {done}/{steps}, "
+        f"{sum(counts) / elapsed:.1f} samples/s, {format_seconds(left)} left to epoch "
+        f"{segment.last_epoch}",
+        flush=True,
+    )
+
+
+def _check_finite(losses: list[float], stage: str, epoch: int) -> None:
+    for step, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"{stage}: loss is {loss} at epoch {epoch}, step {step}; lower {stage}.lr or use "
+                "train.precision fp32 or bf16"
+            )
+
+
+def _write_epoch(segment: Segment, epoch: int, losses: list[float], facts: dict[str, Any]) -> None:
+    """The epoch's lines of metrics, written before its checkpoint commits the epoch."""
+    lines: list[dict[str, Any]] = [
+        {"kind": "step", "stage": segment.stage, "epoch": epoch, "step": step, "loss": loss}
+        for step, loss in enumerate(losses)
+    ]
+    lines.append({"kind": "epoch", **facts})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    name = f"{segment.stage}-{epoch + 1:04d}.jsonl"
+    storage.write_bytes(storage.join(segment.run_dir, "metrics", name), text.encode())

@@ -1,0 +1,329 @@
+"""The main job: prepare, pretrain, (mine, fine-tune) x n, evaluate, report.
+
+Everything a run has done is a committed directory below its run directory, so the same command
+goes on where the last one stopped:
+
+    config.yaml     settings as resolved            data/         the triplets and images used
+    checkpoints/    after every epoch kept          rounds/       mined sets
+    evaluations/    rankings and metrics            metrics.jsonl steps, epochs, rounds, evaluations
+    tensorboard/    the same as event files         report/       index.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import yaml
+from tensorboardX import SummaryWriter
+
+from qure_core import storage
+from qure_core.config import Settings
+from qure_core.data import Split, load_split, mining_galleries, read_split, write_split
+from qure_core.data.sources import load_descriptions
+from qure_core.data.world import make_world
+from qure_core.errors import InputError
+from qure_core.evaluation.stage import evaluate_checkpoint
+from qure_core.mining.stage import check_corpora, mine_round, round_table
+from qure_core.model import build_model, learn_tokenizer, load_model
+from qure_core.model.pretrained import load_tokenizer
+from qure_core.report.build import build_report, example_queries
+from qure_core.resources import Plan, connect, plan_resources
+from qure_core.seeds import derive
+from qure_core.training.checkpoints import checkpoint_uri, latest_epoch, save_checkpoint
+from qure_core.training.layout import committed, evaluation_uri, round_uri
+from qure_core.training.loop import Segment
+from qure_core.training.schedule import evaluation_epochs, mining_epochs, stage_boundaries
+from qure_core.training.trainer import run_segment
+
+# Settings that may change between a run and its resumption: they do not change its result.
+_FREE = {
+    "run.dir",
+    "data.root",
+    "cluster.train_workers",
+    "cluster.gpus",
+    "cluster.cpus_per_train_worker",
+    "cluster.embed_actors",
+    "cluster.cpus_per_embed_actor",
+    "cluster.decode_threads",
+    "cluster.image_cache_mb",
+    "cluster.max_failures",
+    "mining.corpus_shards",
+    "mining.memory_mb",
+    "mining.query_block",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "report.examples",
+}
+
+
+@contextmanager
+def sole_user(run_dir: str) -> Iterator[None]:
+    """Hold the run directory: a second job on the same local directory is refused."""
+    if not storage.is_local(run_dir):
+        yield
+        return
+    path = os.path.join(storage.filesystem(run_dir)[1], ".lock")
+    file: TextIO
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"run.dir: {run_dir} is in use by {file.read().strip() or 'another job'}; "
+                "wait for it, or choose another --run.dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= _flatten(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def save_config(settings: Settings) -> None:
+    """Write config.yaml, or check that the run there was made with the same settings."""
+    uri = storage.join(settings.run.dir, "config.yaml")
+    now = settings.resolved()
+    if storage.exists(uri):
+        before = _flatten(yaml.safe_load(storage.read_bytes(uri)))
+        changed = [
+            f"  {name}: {before.get(name)!r} there, {value!r} now"
+            for name, value in _flatten(now).items()
+            if name not in _FREE and before.get(name) != value
+        ]
+        if changed:
+            raise InputError(
+                f"run.dir: {settings.run.dir} holds a run with other settings:\n"
+                + "\n".join(changed)
+                + "\nchoose another --run.dir, or remove that directory to start again"
+            )
+    storage.write_bytes(uri, yaml.safe_dump(now, sort_keys=False).encode())
+
+
+def prepare_data(settings: Settings) -> tuple[Split, Split, dict[str, tuple[str, ...]]]:
+    """Load train and val and the mining corpora; keep a copy of them with the run."""
+    data = settings.data
+    if data.format == "world" and make_world(data.root, data.world):
+        print(f"[prepare] drew {data.world.images:,} images in {data.root}", flush=True)
+    folder = storage.join(settings.run.dir, "data")
+    splits = []
+    for name in ("train", "val"):
+        uri = storage.join(folder, name)
+        split = load_split(data, name)
+        if storage.is_committed(uri):
+            kept = read_split(uri)
+            if (kept.triplets, kept.galleries) != (split.triplets, split.galleries):
+                raise InputError(
+                    f"data.root: the {name} split of {data.root} has changed since this run "
+                    f"began ({uri}); choose another --run.dir, or restore the data"
+                )
+        write_split(uri, split)
+        splits.append(split)
+    train, val = splits
+    corpora = mining_galleries(data, train)
+    check_corpora(train, corpora)
+    storage.write_json(storage.join(folder, "corpora.json"), corpora)
+    storage.write_json(
+        storage.join(folder, "captions.json"), load_descriptions(data, train)
+    )
+    print(
+        f"[prepare] {len(train.triplets):,} train and {len(val.triplets):,} val triplets; "
+        f"mining corpus: "
+        + ", ".join(f"{category} {len(ids):,}" for category, ids in corpora.items()),
+        flush=True,
+    )
+    return train, val, corpora
+
+
+def starting_checkpoint(settings: Settings, plan: Plan, train: Split) -> None:
+    """Commit the checkpoint that fine-tuning starts from (stage "train", epoch 0)."""
+    run_dir, model_settings = settings.run.dir, settings.model
+    if latest_epoch(run_dir, "train") is not None:
+        return
+    start = checkpoint_uri(run_dir, "train", 0)
+    if model_settings.pretrained:
+        model, processor = load_model(
+            model_settings.pretrained, model_settings.tokenizer, model_settings.dropout
+        )
+        facts = {"stage": "train", "epoch": 0, "origin": model_settings.pretrained}
+        save_checkpoint(start, model, processor, facts)
+        return
+    captions = storage.read_json(storage.join(run_dir, "data", "captions.json"))
+    if settings.pretrain.epochs and len(captions) < settings.pretrain.batch_size:
+        raise InputError(
+            f"data.descriptions: {len(captions)} captioned training images are fewer than "
+            f"pretrain.batch_size={settings.pretrain.batch_size}. Give captions "
+            "({image id: caption} in data.descriptions), or weights (model.pretrained), or start "
+            "from random weights with --pretrain.epochs 0"
+        )
+    if latest_epoch(run_dir, "pretrain") is None:
+        if model_settings.tokenizer:
+            tokenizer = load_tokenizer(model_settings.tokenizer)
+        else:
+            texts = sorted({*captions.values(), *(t.text for t in train.triplets)})
+            tokenizer = learn_tokenizer(texts, model_settings.vocabulary_size)
+        model, processor = build_model(
+            model_settings.preset,
+            tokenizer,
+            model_settings.dropout,
+            derive(settings.run.seed, "weights"),
+        )
+        facts = {"stage": "pretrain", "epoch": 0, "origin": "random weights"}
+        save_checkpoint(checkpoint_uri(run_dir, "pretrain", 0), model, processor, facts)
+    done = settings.pretrain.epochs
+    if (latest_epoch(run_dir, "pretrain") or 0) < done:
+        segment = Segment("pretrain", run_dir, settings.resolved(), done)
+        run_segment(segment, settings.cluster, plan)
+    source = storage.local_directory(checkpoint_uri(run_dir, "pretrain", done), "checkpoint")
+    model, processor = load_model(str(source))
+    model.freeze_vision_encoder()
+    origin = f"{done} epochs of image-text pretraining on {len(captions)} captions"
+    save_checkpoint(start, model, processor, {"stage": "train", "epoch": 0, "origin": origin})
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Run the job to its end and return its summary; what is already done is not done again."""
+    run_dir, train_settings = settings.run.dir, settings.train
+    storage.check_writable(run_dir, "run.dir")
+    with sole_user(run_dir):
+        save_config(settings)
+        connect()
+        plan = plan_resources(settings.cluster)
+        train, val, corpora = prepare_data(settings)
+        starting_checkpoint(settings, plan, train)
+
+        minings = set(mining_epochs(train_settings))
+        evaluations = evaluation_epochs(train_settings)
+        stops = stage_boundaries(train_settings)
+        keep = tuple(stops)
+        mined_at: int | None = None
+        done = latest_epoch(run_dir, "train") or 0
+        for stop, following in zip(stops, [*stops[1:], None], strict=True):
+            checkpoint = checkpoint_uri(run_dir, "train", stop)
+            if stop in evaluations:
+                manifest = evaluate_checkpoint(
+                    settings,
+                    plan,
+                    checkpoint,
+                    val,
+                    evaluation_uri(run_dir, stop),
+                    evaluations[stop],
+                )
+                print(describe_evaluation(manifest), flush=True)
+            if stop in minings and train_settings.negatives == "steep_drops":
+                mined_at = stop
+                uri = round_uri(run_dir, stop)
+                examples = example_queries(train, settings.report.examples, settings.run.seed)
+                curves = {triplet.query_id for triplet in examples}
+                manifest = mine_round(
+                    settings, plan, checkpoint, train, corpora, uri, stop, curves
+                )
+                print(round_table(manifest) + f"\n  written to {uri}", flush=True)
+            if following is not None and done < following:
+                segment = Segment(
+                    stage="train",
+                    run_dir=run_dir,
+                    settings=settings.resolved(),
+                    last_epoch=following,
+                    mined_uri=None if mined_at is None else round_uri(run_dir, mined_at),
+                    mined_at=mined_at,
+                    keep=keep,
+                )
+                run_segment(segment, settings.cluster, plan)
+            write_metrics(run_dir)
+        report = build_report(settings, train, val)
+        summary = {
+            "evaluations": {
+                row["name"]: row["metrics"] for row in committed(run_dir, "evaluations")
+            },
+            "rounds": len(committed(run_dir, "rounds")),
+            "report": report,
+        }
+        storage.write_json(storage.join(run_dir, "summary.json"), summary)
+        return summary
+
+
+def describe_evaluation(manifest: dict[str, Any]) -> str:
+    """One evaluation in a few lines, for people."""
+    average = manifest["metrics"]["recall"]["average"]
+    line = (
+        f"evaluation at {manifest['name']} (gallery: {manifest['gallery']}): "
+        f"R@10 {average['R@10']:.2f}  R@50 {average['R@50']:.2f}  mean {average['mean']:.2f}"
+    )
+    if relevance := manifest["metrics"].get("relevance"):
+        line += (
+            f"  R-precision {relevance['R-precision']:.2f}"
+            f"  relevant in top 10 {relevance['relevant in top 10']:.2f}"
+        )
+    return line
+
+
+def read_metrics(run_dir: str) -> list[dict[str, Any]]:
+    """All lines of metrics: of every committed epoch, round and evaluation."""
+    lines: list[dict[str, Any]] = []
+    folder = storage.join(run_dir, "metrics")
+    for stage in ("pretrain", "train"):
+        newest = latest_epoch(run_dir, stage) or 0
+        for epoch in range(1, newest + 1):
+            text = storage.read_bytes(storage.join(folder, f"{stage}-{epoch:04d}.jsonl")).decode()
+            lines += [json.loads(line) for line in text.splitlines()]
+    for manifest in committed(run_dir, "rounds"):
+        lines.append(
+            {"kind": "mining", "epoch": manifest["epoch"], **manifest["statistics"]}
+            | {"seconds": manifest["seconds"], "peak_mb": manifest["peak_task_memory_mb"]}
+        )
+    for manifest in committed(run_dir, "evaluations"):
+        lines.append(
+            {"kind": "evaluation", "epoch": manifest["epoch"], "name": manifest["name"]}
+            | manifest["metrics"]
+        )
+    return lines
+
+
+def write_metrics(run_dir: str) -> None:
+    """Write metrics.jsonl and the TensorBoard events from what is committed so far."""
+    lines = read_metrics(run_dir)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    storage.write_bytes(storage.join(run_dir, "metrics.jsonl"), text.encode())
+
+    staging = tempfile.mkdtemp(prefix="qure-tensorboard-")
+    try:
+        writer = SummaryWriter(staging)
+        step = {"pretrain": 0, "train": 0}
+        for line in lines:
+            if line["kind"] == "step":
+                writer.add_scalar(f"{line['stage']}/step_loss", line["loss"], step[line["stage"]])
+                step[line["stage"]] += 1
+            elif line["kind"] == "epoch":
+                for name in ("loss", "lr", "temperature"):
+                    writer.add_scalar(f"{line['stage']}/{name}", line[name], line["epoch"])
+            elif line["kind"] == "mining":
+                writer.add_scalar("mining/steep_share", line["steep_share"], line["epoch"])
+                writer.add_scalar("mining/set_size", line["set_size"]["median"], line["epoch"])
+            else:
+                for name, value in line["recall"]["average"].items():
+                    writer.add_scalar(f"val/{name}", value, line["epoch"])
+        writer.close()
+        target = storage.join(run_dir, "tensorboard")
+        storage.remove(target)
+        for name in os.listdir(staging):
+            with open(os.path.join(staging, name), "rb") as file:
+                storage.write_bytes(storage.join(target, name), file.read())
+    finally:
+        shutil.rmtree(staging)

@@ -1,0 +1,59 @@
+"""Starting one stage's workers with Ray Train."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import asdict
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from qure_core import storage
+from qure_core.config import ClusterSettings
+from qure_core.errors import InputError
+from qure_core.resources import Plan
+from qure_core.training.loop import Segment, train_worker
+
+
+def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
+    """Run a segment to its last epoch on ``cluster.train_workers`` workers.
+
+    A worker lost on the way is replaced ``cluster.max_failures`` times; the segment then goes on
+    from its newest checkpoint. Bad input met by a worker is raised as `InputError`.
+    """
+    scratch = storage.join(segment.run_dir, "ray_train")
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=asdict(segment),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.train_workers,
+            use_gpu=plan.gpus > 0,
+            resources_per_worker=plan.train,
+        ),
+        run_config=RunConfig(
+            name=f"{segment.stage}-{segment.last_epoch}-{uuid.uuid4().hex[:8]}",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        if message := _input_error(error):
+            raise InputError(message) from None
+        raise
+    finally:
+        storage.remove(scratch)
+
+
+def _input_error(error: BaseException) -> str | None:
+    """The message of an `InputError` raised in a worker, if that is what stopped the stage."""
+    failures: dict[int, Any] = getattr(error, "worker_failures", {})
+    for failure in [error, *failures.values()]:
+        link: BaseException | None = failure
+        while link is not None:
+            if isinstance(link, InputError):
+                return str(link)
+            link = link.__cause__ or link.__context__
+    return None

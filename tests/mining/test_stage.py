@@ -1,0 +1,239 @@
+"""The mining stage on Ray: real embeddings, any sharding, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from qure_core import storage
+from qure_core.config import DataSettings, Settings
+from qure_core.data import Split, load_split, mining_galleries
+from qure_core.data.images import load_image
+from qure_core.errors import InputError
+from qure_core.mining import STATUSES, read_mined_set, steep_drop_negatives
+from qure_core.mining.mined_set import MINED_SCHEMA, read_curves
+from qure_core.mining.stage import check_corpora, mine_round, round_table
+from qure_core.model import QuReModel, QuReProcessor, build_model, learn_tokenizer
+from qure_core.resources import plan_resources
+from qure_core.scoring import QUERY_TILE, make_blocks
+from qure_core.training.checkpoints import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def data(world: Path) -> tuple[Split, dict[str, tuple[str, ...]]]:
+    settings = DataSettings(root=str(world), mining_corpus="split")
+    split = load_split(settings, "train")
+    return split, mining_galleries(settings, split)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    data: tuple[Split, dict[str, tuple[str, ...]]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, QuReModel, QuReProcessor]:
+    tokenizer = learn_tokenizer([t.text for t in data[0].triplets], 200)
+    model, processor = build_model("tiny", tokenizer, 0.1, seed=5)
+    uri = str(tmp_path_factory.mktemp("checkpoint") / "train-0003")
+    save_checkpoint(uri, model, processor, {"stage": "train", "epoch": 3})
+    return uri, model.eval(), processor
+
+
+def mine(
+    data: tuple[Split, dict[str, tuple[str, ...]]], checkpoint: str, output: str, **changes: Any
+) -> dict[str, Any]:
+    settings = Settings(
+        mining=changes, cluster={"embed_batch": 16, "gpus": "none"}, data={"mining_corpus": "split"}
+    )
+    curves = {data[0].triplets[0].query_id}
+    plan = plan_resources(settings.cluster)
+    return mine_round(settings, plan, checkpoint, *data, output, 3, curves)
+
+
+@pytest.fixture(scope="module")
+def mined(
+    data: tuple[Split, dict[str, tuple[str, ...]]],
+    checkpoint: tuple[str, QuReModel, QuReProcessor],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    output = str(tmp_path_factory.mktemp("mined") / "epoch-0003")
+    mine(data, checkpoint[0], output)
+    return output
+
+
+def test_mined_set_against_an_independent_computation(
+    data: tuple[Split, dict[str, tuple[str, ...]]],
+    checkpoint: tuple[str, QuReModel, QuReProcessor],
+    mined: str,
+) -> None:
+    split, corpora = data
+    _, model, processor = checkpoint
+    rows = {row["query_id"]: row for row in read_mined_set(mined).table.to_pylist()}
+    assert set(rows) == {t.query_id for t in split.triplets}
+
+    def vision(image_id: str) -> torch.Tensor:
+        image = load_image(split.images[image_id], 10**6)
+        return model.encode_vision(processor.images([image]))
+
+    with torch.no_grad():
+        images = {i: model.embed_images(vision(i))[0] for c in corpora.values() for i in c}
+        for triplet in split.triplets[::7]:
+            corpus = [i for i in corpora[triplet.category] if i != triplet.reference_id]
+            ids, mask = processor.texts([triplet.text])
+            query = model.embed_queries(vision(triplet.reference_id), ids, mask)[0]
+            scores = torch.stack([(images[i] @ query).max() for i in corpus])
+            drops = steep_drop_negatives(
+                scores[None], torch.tensor([corpus.index(str(triplet.target_id))])
+            )
+            row = rows[triplet.query_id]
+            assert row["status"] == STATUSES[int(drops.status_Q[0])]
+            assert row["target_rank"] == drops.target_rank_Q[0]
+            assert row["negative_ids"] == [corpus[i] for i in drops.negatives(0)]
+            assert row["num_negatives"] == len(row["negative_ids"]) == len(row["negative_scores"])
+            assert triplet.target_id not in row["negative_ids"]
+            assert triplet.reference_id not in row["negative_ids"]
+            if row["status"] == "steep":
+                upper, lower = row["upper_drop"], row["lower_drop"]
+                assert upper["rank"] == drops.upper_Q[0]
+                assert lower["rank"] == drops.lower_Q[0]
+                assert row["negative_scores"][-1] == lower["score_above"]
+                assert row["negative_scores"][0] == upper["score_below"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"corpus_shards": 1},
+        {"corpus_shards": 2, "query_block": 1},
+        {"corpus_shards": 5, "query_block": QUERY_TILE},
+        {"corpus_shards": 5, "memory_mb": 64},
+    ],
+)
+def test_any_sharding_gives_the_same_set(
+    data: tuple[Split, dict[str, tuple[str, ...]]],
+    checkpoint: tuple[str, QuReModel, QuReProcessor],
+    mined: str,
+    tmp_path: Path,
+    changes: dict[str, int],
+) -> None:
+    manifest = mine(data, checkpoint[0], str(tmp_path / "round"), **changes)
+    expected = read_mined_set(mined)
+    ours = read_mined_set(str(tmp_path / "round"))
+    plain = pa.schema([f.with_type(pa.large_list(pa.string())) if f.name == "negative_ids" else f
+                       for f in MINED_SCHEMA])
+    key = [("query_id", "ascending")]
+    for a, b in zip(
+        ours.table.cast(plain).sort_by(key).to_pylist(),
+        expected.table.cast(plain).sort_by(key).to_pylist(),
+        strict=True,
+    ):
+        assert a == b  # scores too, to the last bit
+    assert manifest["statistics"] == expected.manifest["statistics"]
+
+
+def test_many_tiles_do_not_change_scores(tmp_path: Path, local_ray: None) -> None:
+    """Tiles are cut from the whole lists, so a block of 128 or 384 queries scores the same."""
+    from qure_core.data.schema import Triplet
+    from qure_core.embedding import EMBEDDINGS_KIND, EmbeddingShards
+    from qure_core.scoring import QueryBlock, score_block
+
+    rng = np.random.default_rng(0)
+    ids = [f"i{n:05d}" for n in range(2500)]
+    queries = [Triplet(f"q{n:04d}", ids[n], "t", ids[n + 1], "all") for n in range(300)]
+    images, vectors = (
+        rng.standard_normal((2500, 4, 32), np.float32),
+        rng.standard_normal((300, 32), np.float32),
+    )
+
+    def write(folder: Path, shards: int) -> EmbeddingShards:
+        folder.mkdir()
+        names = []
+        for shard in range(shards):
+            for kind, keys, values in (
+                ("images", ids, images),
+                ("queries", [q.query_id for q in queries], vectors),
+            ):
+                part = slice(len(keys) * shard // shards, len(keys) * (shard + 1) // shards)
+                flat = pa.array(values[part].reshape(-1))
+                column = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
+                table = pa.table({"id": keys[part], "embedding": column})
+                name = f"{kind}-{shard:05d}.arrow"
+                with pa.ipc.new_file(str(folder / name), table.schema) as writer:
+                    writer.write_table(table)
+                names.append(name)
+        facts = {"shards": shards, "tokens": 4, "width": 32}
+        storage.write_manifest(str(folder), EMBEDDINGS_KIND, facts, names)
+        return EmbeddingShards.open(str(folder))
+
+    whole = QueryBlock(0, "all", tuple(queries), tuple(ids))
+    expected = score_block(write(tmp_path / "one", 1), whole)
+    brute = np.einsum("qd,mtd->qmt", vectors.astype(np.float64), images).max(axis=-1)
+    np.testing.assert_allclose(expected.numpy(), brute, rtol=1e-4, atol=1e-4)
+    seven = write(tmp_path / "seven", 7)
+    for start in range(0, 300, QUERY_TILE):
+        block = QueryBlock(0, "all", tuple(queries[start : start + QUERY_TILE]), tuple(ids))
+        assert torch.equal(score_block(seven, block), expected[start : start + QUERY_TILE])
+
+
+def test_manifest_commits_the_round(
+    data: tuple[Split, dict[str, tuple[str, ...]]],
+    checkpoint: tuple[str, QuReModel, QuReProcessor],
+    mined: str,
+) -> None:
+    manifest = json.loads((Path(mined) / "manifest.json").read_text())
+    assert manifest["queries"] == len(data[0].triplets) == sum(
+        manifest["statistics"]["statuses"].values()
+    )
+    assert manifest["schema_version"] == 1
+    assert manifest["settings"]["exclude_reference"] is True
+    assert manifest["peak_task_memory_mb"] > 0
+    table = round_table(manifest)
+    for part in ("between two steep drops", "fallback below_target", "negatives per query",
+                 "target - negatives", "embed", "sort and cut"):
+        assert part in table
+    assert not Path(f"{mined}-embeddings").exists()
+    curve = read_curves(read_mined_set(mined))[data[0].triplets[0].query_id]
+    assert (np.diff(curve) <= 0).all()
+    # A second call finds the committed round and does nothing.
+    before = (Path(mined) / "manifest.json").stat().st_mtime_ns
+    mine(data, checkpoint[0], mined)
+    assert (Path(mined) / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_truncated_part_is_noticed(mined: str, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(mined, copy)
+    part = next(copy.glob("part-*.parquet"))
+    assert pq.read_metadata(part).num_rows > 0
+    part.write_bytes(part.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"part-00000\.parquet: \d+ bytes, but its manifest says"):
+        read_mined_set(str(copy))
+    (copy / "manifest.json").unlink()
+    with pytest.raises(InputError, match="not a finished mined set"):
+        read_mined_set(str(copy))
+
+
+def test_memory_sets_the_block_whatever_the_number_of_queries(
+    data: tuple[Split, dict[str, tuple[str, ...]]],
+) -> None:
+    triplets = data[0].triplets * 50
+    million = {c: tuple(map(str, range(10**6))) for c in data[1]}
+    for block in make_blocks(triplets, million, memory_mb=4096):
+        assert len(block.triplets) * 10**6 * 4 <= 4096 * 2**20 / 4
+    small = make_blocks(triplets, data[1], memory_mb=64)
+    assert len(small) == 3  # one a category: sixty images are far below the memory
+
+
+def test_impossible_corpora_are_refused(data: tuple[Split, dict[str, tuple[str, ...]]]) -> None:
+    split, corpora = data
+    with pytest.raises(InputError, match="category coat has fewer than 3 images"):
+        check_corpora(split, corpora | {"coat": corpora["coat"][:2]})
+    with pytest.raises(InputError, match=r"target\(s\) are absent from their mining corpus"):
+        check_corpora(split, corpora | {"coat": corpora["dress"]})

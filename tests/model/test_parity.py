@@ -1,0 +1,185 @@
+"""Agreement with the released program on its own random tiny weights (float32, CPU)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import GOLDENS
+from qure_core.model import QuReModel, load_lavis_checkpoint
+from qure_core.model.lavis import convert_state
+from qure_core.objectives import bradley_terry_losses
+
+NAMES = ("model_tiny", "model_eva_tiny")
+
+
+@dataclass
+class Golden:
+    model: QuReModel
+    inputs: Any
+    outputs: Any
+    config: dict[str, Any]
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(self.inputs[name])
+
+    def error(self, ours: Tensor, name: str) -> float:
+        """Largest difference over the largest golden value."""
+        golden = torch.from_numpy(np.asarray(self.outputs[name]))
+        assert ours.shape == golden.shape, (name, ours.shape, golden.shape)
+        return float((ours.detach() - golden).abs().max() / golden.abs().max())
+
+    def batch(self) -> dict[str, Tensor]:
+        size = len(self.tensor("ref"))
+        rows = torch.arange(size)
+        return {
+            "pixel_values": torch.cat([self.tensor(k) for k in ("ref", "tar", "neg")]),
+            "reference_B": rows,
+            "answer_A": torch.arange(size, 3 * size),
+            "target_B": rows,
+            "negative_B": rows + size,
+            "input_ids": self.tensor("input_ids"),
+            "attention_mask": self.tensor("attention_mask"),
+        }
+
+
+@pytest.fixture(params=NAMES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    path = GOLDENS / f"{request.param}.pth"
+    return Golden(
+        load_lavis_checkpoint(path, vision_heads=4, qformer_heads=4).eval(),
+        np.load(GOLDENS / f"{request.param}_inputs.npz"),
+        np.load(GOLDENS / f"{request.param}_outputs.npz"),
+        json.loads((GOLDENS / f"{request.param}_config.json").read_text()),
+    )
+
+
+def test_embeddings_and_scores(golden: Golden) -> None:
+    model = golden.model
+    ids, mask = golden.tensor("input_ids"), golden.tensor("attention_mask")
+    errors: dict[str, float] = {}
+    with torch.no_grad():
+        vision = {k: model.encode_vision(golden.tensor(k)) for k in ("ref", "tar", "neg")}
+        images = {k: model.embed_images(v) for k, v in vision.items()}
+        query = model.embed_queries(vision["ref"], ids, mask)
+        errors["vit_raw_ref"] = golden.error(vision["ref"], "vit_raw_ref")
+        for k in vision:
+            errors[f"vit_ln_{k}"] = golden.error(model.ln_vision(vision[k]), f"vit_ln_{k}")
+            errors[f"index_feats_{k}"] = golden.error(images[k], f"index_feats_{k}")
+        hidden = model.query_hidden_states(vision["ref"], ids, mask)
+        errors["qformer_query_last_hidden"] = golden.error(hidden, "qformer_query_last_hidden")
+        errors["query_feats"] = golden.error(query, "query_feats")
+        raw = model.embed_queries(vision["ref"], ids, mask, normalised=False)
+        errors["query_feats_unnormalised"] = golden.error(raw, "query_feats_unnormalised")
+        circo = model.embed_queries(
+            vision["ref"], golden.tensor("circo_input_ids"), golden.tensor("circo_attention_mask")
+        )
+        errors["query_feats_circo_prompt"] = golden.error(circo, "query_feats_circo_prompt")
+        errors["score_query_x_tar"] = golden.error(
+            model.score(query, images["tar"]), "score_query_x_tar"
+        )
+        everything = torch.cat([images[k] for k in ("ref", "tar", "neg")])
+        errors["score_query_x_all"] = golden.error(
+            model.score(query, everything), "score_query_x_all"
+        )
+        scores = model(**golden.batch())
+        errors["pair_scores_temp"] = golden.error(scores, "pair_scores_temp")
+        errors["pair_scores_no_temp"] = golden.error(
+            scores * model.temperature, "pair_scores_no_temp"
+        )
+        errors["loss_temp"] = golden.error(bradley_terry_losses(scores).mean(), "loss_temp")
+        plain = bradley_terry_losses(scores * model.temperature).mean()
+        errors["loss_no_temp"] = golden.error(plain, "loss_no_temp")
+    print("\nlargest relative error:", max(errors.values()), max(errors, key=errors.__getitem__))
+    assert max(errors.values()) <= 1e-5, errors
+
+
+def converted_name(lavis: str) -> str | None:
+    """Our name of a LAVIS parameter that is renamed one to one; None for its unused heads."""
+    names, unknown = convert_state({lavis: torch.zeros(1)})
+    assert not unknown
+    return next(iter(names), None)
+
+
+def test_gradients(golden: Golden) -> None:
+    model = golden.model
+    bradley_terry_losses(model(**golden.batch())).mean().backward()
+    ours = dict(model.named_parameters())
+    errors = {}
+    for key in golden.outputs.files:
+        if key.startswith("grad__"):
+            expected = torch.from_numpy(np.asarray(golden.outputs[key]))
+            name = converted_name(key.removeprefix("grad__"))
+            assert name is not None
+            gradient = ours[name].grad
+            assert gradient is not None, key
+            scale = expected.abs().max() or torch.tensor(1.0)
+            errors[key] = float((gradient - expected).abs().max() / scale)
+    assert len(errors) > 15
+    print("\nlargest relative gradient error:", max(errors.values()))
+    assert max(errors.values()) <= 1e-4, errors
+    for key in golden.config["gradient_facts"]["is_exact_zero"]:
+        name = converted_name(key)
+        assert name is not None
+        gradient = ours[name].grad
+        assert gradient is not None
+        assert not gradient.any(), name
+    assert all(p.grad is None for p in model.vision_encoder.parameters())
+
+
+@pytest.mark.parametrize(("label", "rate"), [("lr5e-6", 5e-6), ("lr1e-3", 1e-3)])
+def test_adamw_steps(golden: Golden, label: str, rate: float) -> None:
+    prefix = f"adamw_{label}"
+    if f"{prefix}_loss_after_5_steps" not in golden.outputs.files:
+        pytest.skip("this golden has no optimizer steps")
+    model = golden.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.05)
+    losses, temperatures = [], []
+    for _ in range(5):
+        loss = bradley_terry_losses(model(**golden.batch())).mean()
+        losses.append(loss.item())
+        temperatures.append(model.temperature.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        scores = model(**golden.batch())
+    np.testing.assert_allclose(losses, golden.outputs[f"{prefix}_loss_before_each_step"], rtol=1e-5)
+    np.testing.assert_allclose(
+        bradley_terry_losses(scores).mean().item(),
+        golden.outputs[f"{prefix}_loss_after_5_steps"],
+        rtol=1e-5,
+    )
+    temperatures.append(model.temperature.item())
+    np.testing.assert_allclose(
+        temperatures, golden.outputs[f"{prefix}_temp_before_each_step"], rtol=1e-5
+    )
+    ours = dict(model.named_parameters())
+    errors = {
+        key: golden.error(ours[name], key)
+        for key in golden.outputs.files
+        if key.startswith(f"adamw_{label}_param_after__")
+        and (name := converted_name(key.split("__")[1])) is not None
+    }
+    assert errors
+    print("\nlargest relative parameter error after 5 steps:", max(errors.values()))
+    assert max(errors.values()) <= 1e-4, errors
+
+
+def test_truncated_text_padding_changes_nothing(golden: Golden) -> None:
+    model = golden.model
+    ids, mask = golden.tensor("input_ids")[:3], golden.tensor("attention_mask")[:3]
+    length = int(mask.sum(dim=1).max())
+    assert length < ids.shape[1]
+    with torch.no_grad():
+        vision = model.encode_vision(golden.tensor("ref")[:3])
+        padded = model.embed_queries(vision, ids, mask)
+        cut = model.embed_queries(vision, ids[:, :length], mask[:, :length])
+    torch.testing.assert_close(cut, padded, rtol=1e-5, atol=1e-6)

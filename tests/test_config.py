@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT
+from qure_core.config import Settings, load_settings
+from qure_core.errors import InputError
+
+
+def load(*arguments: str) -> Settings:
+    return load_settings(arguments, "train.py", "Train.")[0]
+
+
+def test_options_override_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("train: {lr: 1.0e-3, epochs: 7}\n")
+    settings = load("--config", str(config), "--train.lr", "2e-5", "--data.categories", "a,b")
+    assert settings.train.lr == 2e-5
+    assert settings.train.epochs == 7
+    assert settings.data.categories == ["a", "b"]
+
+
+def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("train: {lr: -1, epochz: 3}\nfoo: 1\nmining: {memory_mb: lots}\n")
+    with pytest.raises(InputError) as caught:
+        load("--config", str(config), "--train.bogus", "3", "--model.preset", "huge")
+    message = str(caught.value)
+    for part in ("train.lr", "-1", "train.epochz", "foo", "memory_mb", "lots", "--train.bogus"):
+        assert part in message
+    assert "huge" in message
+    assert "blip2-vit-l" in message
+
+
+def test_impossible_schedule_is_refused() -> None:
+    with pytest.raises(InputError, match=r"mining_definitions=6 exceeds train.epochs=3"):
+        load("--train.epochs", "3")
+
+
+def test_environment_does_not_leak_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAIN", '{"lr": 1}')
+    assert load().train.lr == 5e-6
+
+
+def test_help_shows_every_field_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load("--help")
+    assert caught.value.code == 0
+    text = "".join(capsys.readouterr().out.split())
+    for section, field in Settings.model_fields.items():
+        for name, inner in getattr(field.annotation, "model_fields", {}).items():
+            if not hasattr(inner.annotation, "model_fields"):
+                assert f"--{section}.{name}" in text
+                assert inner.description, f"{section}.{name} has no description"
+                assert "".join(inner.description.split()) in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    settings = load("--config", str(path))
+    assert yaml.safe_load(yaml.safe_dump(settings.resolved())) == settings.resolved()
+
+
+def test_missing_config_is_named() -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml: no such config file"):
+        load("--config", "nowhere.yaml")
+
+
+def test_relative_paths_in_a_submitted_job_outlive_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert load().run.dir == str(Path.home() / "qure" / "runs" / "quickstart")
+    monkeypatch.setenv("QURE_HOME", "/somewhere")
+    assert load().run.dir == "/somewhere/runs/quickstart"
+    assert load("--run.dir", "s3://bucket/run").run.dir == "s3://bucket/run"
