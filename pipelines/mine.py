@@ -1,8 +1,9 @@
 """Mine the hard negatives of one checkpoint, alone.
 
-    python pipelines/mine.py --config configs/quickstart.yaml --checkpoint RUN/checkpoints/train-0009
+    python pipelines/mine.py --config CONFIG --checkpoint RUN/checkpoints/train-0009
 
-The mined set goes to ``--output``, by default the round of the checkpoint's epoch in ``run.dir``.
+The mined set goes to ``--output``; by default, to the round of the checkpoint's epoch in
+``run.dir``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from qure_core import storage
 from qure_core.config import load_settings
 from qure_core.data import load_split, mining_galleries
-from qure_core.embedding import CHECKPOINT_KIND
+from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.errors import run_main
 from qure_core.mining.stage import mine_round, round_table
 from qure_core.report.build import example_queries

@@ -1,7 +1,7 @@
 """Prepare data: draw the built-in world, or check a dataset and list all that is wrong with it.
 
-    python pipelines/prepare.py world --data.root data/world --data.world.images 2000
-    python pipelines/prepare.py validate --config configs/emoji.yaml --data.root /data/emoji-cir
+python pipelines/prepare.py world --data.root data/world --data.world.images 2000
+python pipelines/prepare.py validate --config configs/emoji.yaml --data.root /data/emoji-cir
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ def validate(settings: Settings, splits: list[str]) -> int:
     for problem in problems:
         print(problem)
     for name, split in found.items():
-        galleries = ", ".join(f"{category} {len(ids):,}" for category, ids in split.galleries.items())
-        print(f"{name}: {len(split.triplets):,} triplets, {len(split.images):,} images; {galleries}")
+        galleries = ", ".join(
+            f"{category} {len(ids):,}" for category, ids in split.galleries.items()
+        )
+        print(
+            f"{name}: {len(split.triplets):,} triplets, {len(split.images):,} images; {galleries}"
+        )
     print(f"{len(problems)} problem(s) in {settings.data.root}", flush=True)
     return 1 if problems else 0
 

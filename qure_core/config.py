@@ -30,7 +30,9 @@ class _Section(BaseModel):
 
 
 class RunSettings(_Section):
-    dir: str = Field("runs/quickstart", description="run directory: a path or URI that all nodes see")
+    dir: str = Field(
+        "runs/quickstart", description="run directory: a path or URI that all nodes see"
+    )
     seed: int = Field(1000, ge=0, description="seed of every random choice (the paper's is 1000)")
 
 
@@ -84,7 +86,9 @@ class ModelSettings(_Section):
         "(default: the one beside the weights, else a WordPiece vocabulary of the training text)",
     )
     vocabulary_size: int = Field(
-        1000, ge=64, description="WordPiece vocabulary size when it is learned from the data, tokens"
+        1000,
+        ge=64,
+        description="WordPiece vocabulary size when it is learned from the data, tokens",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the Q-Former while training")
 
@@ -201,7 +205,9 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        **_: Any,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what is passed in counts: an environment variable named DATA must not."""
         return (init_settings,)
@@ -229,8 +235,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        merged[key] = _merge(below, value) if both else value
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = _merge(below, value)
+        merged[key] = value
     return merged
 
 
@@ -269,7 +276,10 @@ def _messages(error: ValidationError) -> list[str]:
 
 
 def load_settings(
-    arguments: Sequence[str], prog: str, description: str, extra: argparse.ArgumentParser | None = None
+    arguments: Sequence[str],
+    prog: str,
+    description: str,
+    extra: argparse.ArgumentParser | None = None,
 ) -> tuple[Settings, argparse.Namespace]:
     """Read ``--config FILE`` and ``--section.field VALUE`` overrides into checked settings.
 
@@ -300,7 +310,9 @@ def load_settings(
         lines += _messages(error)
     if lines or settings is None:
         where = f" in {namespace.config} and the command line" if namespace.config else ""
-        raise InputError("\n".join([f"{len(lines)} bad setting(s){where}:"] + [f"  {x}" for x in lines]))
+        raise InputError(
+            "\n".join([f"{len(lines)} bad setting(s){where}:"] + [f"  {x}" for x in lines])
+        )
     settings.run.dir = storage.resolve(settings.run.dir)
     settings.data.root = storage.resolve(settings.data.root)
     return settings, namespace

@@ -8,7 +8,6 @@ that made it, as Arrow IPC files that are read by memory map.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,12 +23,10 @@ from qure_core import storage
 from qure_core.config import ClusterSettings
 from qure_core.data.images import load_image
 from qure_core.data.schema import Split, Triplet
-from qure_core.model import QuReProcessor, encoder_autocast, load_model
+from qure_core.embedding_shards import CHECKPOINT_KIND, EMBEDDINGS_KIND, checkpoint_digest
 from qure_core.progress import Progress
 from qure_core.resources import Plan
 
-EMBEDDINGS_KIND = "embeddings"
-CHECKPOINT_KIND = "checkpoint"
 IMAGES_PER_SHARD = 2048
 
 
@@ -37,14 +34,18 @@ class _Embedder:
     """Actor: embeds whole shards and writes them."""
 
     def __init__(
-        self, checkpoint: str, output: str, batch: int, threads: int, cpus: int, max_pixels: int
+        self, checkpoint: str, batch: int, threads: int, cpus: int, max_pixels: int
     ) -> None:
+        # Here, so that tasks which only read embeddings need not import transformers.
+        from qure_core.model import encoder_autocast, load_model
+
         torch.set_num_threads(cpus)
+        self.autocast = encoder_autocast
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         directory = storage.local_directory(checkpoint, CHECKPOINT_KIND, verify=True)
         model, self.processor = load_model(str(directory))
         self.model = model.eval().to(self.device)
-        self.output, self.batch, self.max_pixels = output, batch, max_pixels
+        self.batch, self.max_pixels = batch, max_pixels
         self.pool = ThreadPoolExecutor(threads)
 
     def _pixels(self, uri: str) -> np.ndarray:
@@ -53,7 +54,6 @@ class _Embedder:
     @torch.inference_mode()
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         assert len(rows["shard"]) == 1, "one shard a call"
-        started = time.monotonic()
         shard = {key: value[0] for key, value in rows.items()}
         image_ids, uris, wanted = list(shard["image_id"]), list(shard["uri"]), shard["in_corpus"]
         queries_of: dict[str, list[tuple[str, str]]] = {}
@@ -72,7 +72,7 @@ class _Embedder:
             pixels = np.stack(list(pending))
             pending = self._decode(uris, start + self.batch)
             batch_ids = image_ids[start : start + self.batch]
-            with encoder_autocast(self.device):
+            with self.autocast(self.device):
                 vision_BPW = self.model.encode_vision(
                     self.processor.pixel_values(pixels).to(self.device)
                 )
@@ -98,22 +98,23 @@ class _Embedder:
                 query_parts.append(embedded.cpu().numpy())
 
         config = self.model.config
-        number = int(shard["shard"])
-        self._write(
+        number, output = int(shard["shard"]), str(shard["output"])
+        _write(
+            output,
             f"images-{number:05d}.arrow",
             kept_ids,
             _concatenate(image_parts, (config.query_tokens, config.embed_dim)),
         )
-        self._write(
+        _write(
+            output,
             f"queries-{number:05d}.arrow",
             query_ids,
             _concatenate(query_parts, (config.embed_dim,)),
         )
         return {
-            "shard": np.asarray([number]),
+            "output": np.asarray([output]),
             "images": np.asarray([len(image_ids)]),
             "queries": np.asarray([len(query_ids)]),
-            "seconds": np.asarray([time.monotonic() - started]),
             "tokens": np.asarray([config.query_tokens]),
             "width": np.asarray([config.embed_dim]),
         }
@@ -121,37 +122,38 @@ class _Embedder:
     def _decode(self, uris: Sequence[str], start: int) -> Iterator[np.ndarray]:
         return self.pool.map(self._pixels, [str(u) for u in uris[start : start + self.batch]])
 
-    def _write(self, name: str, ids: list[str], values: np.ndarray) -> None:
-        flat = pa.array(values.reshape(-1), pa.float32())
-        width = int(np.prod(values.shape[1:]))
-        table = pa.table({"id": ids, "embedding": pa.FixedSizeListArray.from_arrays(flat, width)})
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        storage.write_bytes(storage.join(self.output, name), sink.getvalue().to_pybytes())
+
+def _write(output: str, name: str, ids: list[str], values: np.ndarray) -> None:
+    flat = pa.array(values.reshape(-1), pa.float32())
+    width = int(np.prod(values.shape[1:]))
+    table = pa.table({"id": ids, "embedding": pa.FixedSizeListArray.from_arrays(flat, width)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    storage.write_bytes(storage.join(output, name), sink.getvalue().to_pybytes())
 
 
 def _concatenate(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty((0, *shape), np.float32)
 
 
-def _shards(
-    split: Split, corpus: set[str], batch: int, shards: int | None
-) -> list[dict[str, list[Any]]]:
+def _shards(job: EmbedJob, batch: int, shards: int | None) -> list[dict[str, list[Any]]]:
     """Cut the sorted images that are needed into shards of whole batches."""
+    split, corpus = job.split, job.corpus
     queries_of: dict[str, list[Triplet]] = {}
     for triplet in sorted(split.triplets, key=lambda t: t.query_id):
         queries_of.setdefault(triplet.reference_id, []).append(triplet)
     image_ids = sorted(corpus | set(queries_of))
     batches = [image_ids[start : start + batch] for start in range(0, len(image_ids), batch)]
     count = min(shards or -(-len(image_ids) // IMAGES_PER_SHARD), len(batches))
-    rows = []
+    rows: list[dict[str, list[Any]]] = []
     for number in range(count):
         first, last = number * len(batches) // count, (number + 1) * len(batches) // count
         ids = [image_id for part in batches[first:last] for image_id in part]
         queries = [triplet for image_id in ids for triplet in queries_of.get(image_id, [])]
         rows.append(
             {
+                "output": [job.output],
                 "shard": [number],
                 "image_id": [ids],
                 "uri": [[split.images[image_id] for image_id in ids]],
@@ -166,6 +168,7 @@ def _shards(
 
 _SHARD_SCHEMA = pa.schema(
     [
+        ("output", pa.string()),
         ("shard", pa.int64()),
         ("image_id", pa.list_(pa.string())),
         ("uri", pa.list_(pa.string())),
@@ -177,115 +180,84 @@ _SHARD_SCHEMA = pa.schema(
 )
 
 
-def embed_split(
+@dataclass(frozen=True)
+class EmbedJob:
+    """What to embed, and where to: ``corpus`` and every query of ``split``."""
+
+    split: Split
+    corpus: frozenset[str]
+    output: str
+
+
+def embed_splits(
     checkpoint: str,
-    split: Split,
-    corpus: set[str],
-    output: str,
+    jobs: Sequence[EmbedJob],
     cluster: ClusterSettings,
     plan: Plan,
     max_pixels: int,
     shards: int | None = None,
-) -> dict[str, Any]:
-    """Embed ``corpus`` and every query of ``split`` with ``checkpoint``; commit to ``output``.
+) -> None:
+    """Embed every job with ``checkpoint`` in one pool of actors and commit each to its output.
 
-    Returns the manifest; an output already made from the same checkpoint and inputs is kept.
+    An output already made from the same checkpoint and inputs is kept.
     """
-    key = {
-        "checkpoint": checkpoint_digest(checkpoint),
-        "split": split.name,
-        "corpus_images": len(corpus),
-        "batch": cluster.embed_batch,
+    digest = checkpoint_digest(checkpoint)
+    keys = {
+        job.output: {
+            "checkpoint": digest,
+            "split": job.split.name,
+            "corpus_images": len(job.corpus),
+            "batch": cluster.embed_batch,
+        }
+        for job in jobs
     }
-    if storage.is_committed(output):
-        manifest = storage.read_manifest(output, EMBEDDINGS_KIND)
-        if all(manifest[name] == value for name, value in key.items()):
-            return manifest
-    storage.remove(output)
-    started = time.monotonic()
-    rows = _shards(split, corpus, cluster.embed_batch, shards)
-    progress = Progress(
-        f"embed {split.name}", sum(len(row["image_id"][0]) for row in rows), "images"
-    )
-    actors = min(cluster.embed_actors, len(rows))
+    rows: list[dict[str, list[Any]]] = []
+    shards_of: dict[str, int] = {}
+    for job in jobs:
+        if storage.is_committed(job.output):
+            manifest = storage.read_manifest(job.output, EMBEDDINGS_KIND)
+            if all(manifest[name] == value for name, value in keys[job.output].items()):
+                continue
+        storage.remove(job.output)
+        own = _shards(job, cluster.embed_batch, shards)
+        shards_of[job.output] = len(own)
+        rows += own
+    if not rows:
+        return
+    names = " and ".join(job.split.name for job in jobs if job.output in shards_of)
+    progress = Progress(f"embed {names}", sum(len(row["image_id"][0]) for row in rows), "images")
     results = (
         ray.data.from_arrow([pa.table(row, schema=_SHARD_SCHEMA) for row in rows])
         .map_batches(
             _Embedder,
             fn_constructor_args=(
                 checkpoint,
-                output,
                 cluster.embed_batch,
                 cluster.decode_threads,
                 cluster.cpus_per_embed_actor,
                 max_pixels,
             ),
             batch_size=1,
-            compute=ActorPoolStrategy(size=actors),
+            compute=ActorPoolStrategy(size=min(cluster.embed_actors, len(rows))),
             **plan.embed,
         )
         .iter_rows()
     )
-    totals = {"images": 0, "queries": 0}
-    tokens = width = 0
+    made: dict[str, list[dict[str, Any]]] = {output: [] for output in shards_of}
     for row in results:
-        totals = {name: value + int(row[name]) for name, value in totals.items()}
-        tokens, width = int(row["tokens"]), int(row["width"])
+        made[str(row["output"])].append(row)
         progress.advance(int(row["images"]))
-    names = [f"{kind}-{row['shard'][0]:05d}.arrow" for row in rows for kind in ("images", "queries")]
-    description = key | totals | {"tokens": tokens, "width": width, "shards": len(rows)}
-    description["seconds"] = round(time.monotonic() - started, 3)
-    storage.write_manifest(output, EMBEDDINGS_KIND, description, names)
-    return storage.read_manifest(output, EMBEDDINGS_KIND)
-
-
-def checkpoint_digest(checkpoint: str) -> str:
-    """SHA-256 of a checkpoint's weights, from its manifest."""
-    manifest = storage.read_manifest(checkpoint, CHECKPOINT_KIND)
-    digest: str = manifest["files"]["model.safetensors"]["sha256"]
-    return digest
-
-
-@dataclass(frozen=True)
-class EmbeddingShards:
-    """Committed embeddings, read shard by shard."""
-
-    uri: str
-    shards: int
-    tokens: int
-    width: int
-
-    @classmethod
-    def open(cls, uri: str) -> EmbeddingShards:
-        manifest = storage.read_manifest(uri, EMBEDDINGS_KIND)
-        return cls(uri, manifest["shards"], manifest["tokens"], manifest["width"])
-
-    def _read(self, kind: str, shard: int) -> tuple[list[str], np.ndarray]:
-        uri = storage.join(self.uri, f"{kind}-{shard:05d}.arrow")
-        if storage.is_local(uri):
-            source = pa.memory_map(storage.filesystem(uri)[1])
-        else:
-            source = pa.BufferReader(storage.read_bytes(uri))
-        table = pa.ipc.open_file(source).read_all().combine_chunks()
-        column = table["embedding"]
-        values = (
-            column.chunk(0).flatten().to_numpy()
-            if column.num_chunks
-            else np.empty(0, np.float32)
-        )
-        return table["id"].to_pylist(), values
-
-    def images(self, shard: int) -> tuple[list[str], np.ndarray]:
-        """Ids and embeddings [m, T, D] of one shard, sorted by id."""
-        ids, values = self._read("images", shard)
-        return ids, values.reshape(len(ids), self.tokens, self.width)
-
-    def queries(self, shard: int) -> tuple[list[str], np.ndarray]:
-        """Ids and embeddings [q, D] of one shard."""
-        ids, values = self._read("queries", shard)
-        return ids, values.reshape(len(ids), self.width)
-
-
-def processor_of(checkpoint: str) -> QuReProcessor:
-    directory = storage.local_directory(checkpoint, CHECKPOINT_KIND)
-    return QuReProcessor.from_pretrained(directory)
+    for output, shard_rows in made.items():
+        files = [
+            f"{kind}-{number:05d}.arrow"
+            for number in range(shards_of[output])
+            for kind in ("images", "queries")
+        ]
+        description = keys[output] | {
+            "images": sum(int(row["images"]) for row in shard_rows),
+            "queries": sum(int(row["queries"]) for row in shard_rows),
+            "tokens": int(shard_rows[0]["tokens"]),
+            "width": int(shard_rows[0]["width"]),
+            "shards": shards_of[output],
+        }
+        storage.write_manifest(output, EMBEDDINGS_KIND, description, files)

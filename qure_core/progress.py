@@ -12,7 +12,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """Prints one line when a stage starts, at most one every ``interval`` seconds, and one at its end."""
+    """Prints a line when a stage starts, one every ``interval`` seconds, and one at its end."""
 
     def __init__(self, stage: str, total: int, unit: str, interval: float = 10.0) -> None:
         self.stage, self.total, self.unit, self.interval = stage, total, unit, interval

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from qure_core.data.schema import Triplet
-from qure_core.embedding import EmbeddingShards
-from qure_core.model.modeling import relevance_scores
+from qure_core.embedding_shards import EmbeddingShards
 from qure_core.progress import Progress
+from qure_core.relevance import relevance_scores
 
 QUERY_TILE = 128
 IMAGE_TILE = 1024
@@ -82,7 +82,9 @@ def query_embeddings(embeddings: EmbeddingShards, query_ids: Sequence[str]) -> T
     return torch.from_numpy(result_QD)
 
 
-def corpus_tiles(embeddings: EmbeddingShards, corpus: Sequence[str]) -> Iterator[tuple[int, Tensor]]:
+def corpus_tiles(
+    embeddings: EmbeddingShards, corpus: Sequence[str]
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (first column, embeddings [m, T, D]) of ``IMAGE_TILE`` consecutive corpus images."""
     column = {image_id: i for i, image_id in enumerate(corpus)}
     shape = (embeddings.tokens, embeddings.width)
@@ -114,7 +116,9 @@ def score_block(embeddings: EmbeddingShards, block: QueryBlock) -> Tensor:
         stop = start + image_TMD.shape[1]
         for first in range(0, len(query_QD), QUERY_TILE):
             rows = slice(first, first + QUERY_TILE)
-            scores_QM[rows, start:stop] = relevance_scores(query_QD[rows], image_TMD.transpose(0, 1))
+            scores_QM[rows, start:stop] = relevance_scores(
+                query_QD[rows], image_TMD.transpose(0, 1)
+            )
     return scores_QM
 
 

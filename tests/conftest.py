@@ -62,3 +62,42 @@ def run_pipeline() -> Runner:
         )
 
     return run
+
+
+# The smallest job with everything in it: pretraining, a warm-up, two minings, three evaluations.
+JOB = [
+    "--data.world.images=180",
+    "--data.world.images_per_combination=3",
+    "--data.world.train_triplets=90",
+    "--data.world.val_triplets=24",
+    "--data.world.image_size=32",
+    "--pretrain.epochs=1",
+    "--pretrain.batch_size=32",
+    "--train.epochs=4",
+    "--train.warmup_epochs=2",
+    "--train.mining_definitions=4",
+    "--train.lr=1e-3",
+    "--train.batch_size=16",
+    "--cluster.gpus=none",
+    "--report.examples=2",
+]
+
+
+def job(world: Path, run_dir: Path, *more: str) -> list[str]:
+    return [*JOB, f"--data.root={world}", f"--run.dir={run_dir}", *more]
+
+
+@pytest.fixture(scope="session")
+def finished(
+    world: Path, tmp_path_factory: pytest.TempPathFactory, run_pipeline: Runner
+) -> tuple[Path, str]:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    result = run_pipeline("train", *job(world, run_dir))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return run_dir, result.stdout
+
+
+@pytest.fixture(scope="session")
+def finished_run(finished: tuple[Path, str]) -> Path:
+    """The run directory of a whole run."""
+    return finished[0]

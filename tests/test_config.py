@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from conftest import ROOT
+
 from qure_core.config import Settings, load_settings
 from qure_core.errors import InputError
 

@@ -31,7 +31,9 @@ def read_circo(root: str, split: str) -> tuple[Split, list[Problem]]:
         uri = folder.find(f"{row['id']:012d}")
         if uri is None:
             problems.append(
-                Problem(info_file, str(index), f"image {row['id']:012d}.jpg is missing in {folder.uri}")
+                Problem(
+                    info_file, str(index), f"image {row['id']:012d}.jpg is missing in {folder.uri}"
+                )
             )
         else:
             images[str(row["id"])] = uri

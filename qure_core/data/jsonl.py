@@ -24,7 +24,9 @@ def read_jsonl(root: str, split: str) -> tuple[Split, list[Problem]]:
     try:
         lines = storage.read_bytes(file).decode("utf-8").splitlines()
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file; set data.root to the directory that has it") from None
+        raise InputError(
+            f"{file}: no such file; set data.root to the directory that has it"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text ({error})") from None
     folder = ImageFolder(storage.join(root, "images"))

@@ -12,7 +12,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def read_rows(uri: str, kind: type, problems: list[Problem]) -> Any:
-    """The JSON value in ``uri`` if it is a ``kind`` (list or dict); else a problem and an empty one."""
+    """The value in ``uri`` if it is a ``kind``, list or dict; else a problem and an empty one."""
     try:
         value = storage.read_json(uri)
     except InputError as error:
@@ -27,11 +27,17 @@ def read_rows(uri: str, kind: type, problems: list[Problem]) -> Any:
 
 
 def check_row(
-    row: Any, fields: dict[str, type | tuple[type, ...]], uri: str, where: str, problems: list[Problem]
+    row: Any,
+    fields: dict[str, type | tuple[type, ...]],
+    uri: str,
+    where: str,
+    problems: list[Problem],
 ) -> bool:
     """Whether ``row`` is a mapping with every field of the right type; adds a problem per fault."""
     if not isinstance(row, dict):
-        problems.append(Problem(uri, where, f"is a {type(row).__name__}, where a mapping is needed"))
+        problems.append(
+            Problem(uri, where, f"is a {type(row).__name__}, where a mapping is needed")
+        )
         return False
     good = True
     for name, kind in fields.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from qure_core.progress import Progress
 _BATCH = 256
 
 
-def _check_images(batch: dict[str, Any], max_pixels: int) -> dict[str, Any]:
+def _check_images(batch: Any, max_pixels: int) -> Any:
     faults: list[str] = []
     for uri in batch["uri"]:
         try:
@@ -33,9 +34,8 @@ def undecodable_images(uris: list[str], max_pixels: int) -> list[Problem]:
     if not uris:
         return []
     blocks = [pa.table({"uri": uris[i : i + _BATCH]}) for i in range(0, len(uris), _BATCH)]
-    checked = ray.data.from_arrow(blocks).map_batches(
-        _check_images, batch_size=None, fn_kwargs={"max_pixels": max_pixels}
-    )
+    check = partial(_check_images, max_pixels=max_pixels)
+    checked = ray.data.from_arrow(blocks).map_batches(check, batch_size=None)
     progress = Progress("validate", len(uris), "images")
     problems = []
     for row in checked.iter_rows():

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,12 @@ def draw(garment: Garment, size: int, rng: np.random.Generator) -> Image.Image:
     shift = rng.uniform(-7, 7, 2)
     zoom = rng.uniform(0.85, 1.1)
     shade = rng.uniform(0.85, 1.12) + rng.uniform(-0.05, 0.05, 3)
-    colour = tuple(int(np.clip(c * s, 0, 255)) for c, s in zip(COLOURS[garment.colour], shade, strict=True))
+    colour = tuple(
+        int(np.clip(c * s, 0, 255)) for c, s in zip(COLOURS[garment.colour], shade, strict=True)
+    )
     accent = tuple(min(255, c + 75) if sum(colour) < 450 else max(0, c - 95) for c in colour)
 
-    def place(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    def place(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         return [
             ((64 + (x - 64) * zoom + shift[0]) * scale, (64 + (y - 64) * zoom + shift[1]) * scale)
             for x, y in points
@@ -233,7 +236,7 @@ def _triplets(
         yield before.category, row, [target, *others]
 
 
-def _render(batch: dict[str, Any], root: str, size: int, seed: int) -> dict[str, Any]:
+def _render(batch: Any, root: str, size: int, seed: int) -> Any:
     for image_id, *attributes in zip(
         batch["image_id"], *(batch[name] for name in Garment.__dataclass_fields__), strict=True
     ):
@@ -258,8 +261,10 @@ def make_world(root: str, world: WorldSettings) -> bool:
             f"data.root: {root} holds a world of other settings {manifest['settings']}; "
             "remove it or choose another data.root"
         )
-    if any(name not in ("images", "captions", "image_splits", "relevance", "descriptions.json")
-           for name in storage.list_names(root)):
+    if any(
+        name not in ("images", "captions", "image_splits", "relevance", "descriptions.json")
+        for name in storage.list_names(root)
+    ):
         raise InputError(
             f"data.root: {root} holds files of another dataset, where the built-in world would be "
             "drawn; set data.format to its layout, or choose another data.root"
@@ -267,12 +272,12 @@ def make_world(root: str, world: WorldSettings) -> bool:
     plan = plan_world(world)
     for split, count in (("train", world.train_triplets), ("val", world.val_triplets)):
         _write_annotations(root, plan, split, count, world.seed)
-    descriptions = {image_id: plan.garments[image_id].describe() for image_id in sorted(plan.garments)}
+    descriptions = {
+        image_id: plan.garments[image_id].describe() for image_id in sorted(plan.garments)
+    }
     storage.write_json(storage.join(root, "descriptions.json"), descriptions)
 
-    rows = [
-        {"image_id": image_id, **vars(garment)} for image_id, garment in plan.garments.items()
-    ]
+    rows = [{"image_id": image_id, **vars(garment)} for image_id, garment in plan.garments.items()]
     blocks = [
         pa.Table.from_pylist(rows[start : start + RENDER_BATCH])
         for start in range(0, len(rows), RENDER_BATCH)
@@ -280,9 +285,7 @@ def make_world(root: str, world: WorldSettings) -> bool:
     drawn = (
         ray.data.from_arrow(blocks)
         .map_batches(
-            _render,
-            batch_size=None,
-            fn_kwargs={"root": root, "size": world.image_size, "seed": world.seed},
+            partial(_render, root=root, size=world.image_size, seed=world.seed), batch_size=None
         )
         .sum("drawn")
     )

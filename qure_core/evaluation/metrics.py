@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -25,7 +25,9 @@ def found_in_top(ranks: Iterable[int], relevant: int, k: int) -> float:
     return sum(rank < k for rank in ranks) / min(relevant, k)
 
 
-def fashioniq_summary(ranks: dict[str, Sequence[int]]) -> dict[str, dict[str, float]]:
+def fashioniq_summary(
+    ranks: Mapping[str, Sequence[int] | np.ndarray],
+) -> dict[str, dict[str, float]]:
     """FashionIQ's protocol: R@10, R@50 and their mean per category, and the categories' average."""
     table: dict[str, dict[str, float]] = {}
     for category, values in sorted(ranks.items()):

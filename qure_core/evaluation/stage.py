@@ -14,7 +14,8 @@ import torch
 from qure_core import storage
 from qure_core.config import Settings
 from qure_core.data.schema import Split
-from qure_core.embedding import EmbeddingShards, checkpoint_digest, embed_split
+from qure_core.embedding import EmbedJob, embed_splits
+from qure_core.embedding_shards import EmbeddingShards, checkpoint_digest
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
 from qure_core.resources import Plan
 from qure_core.scoring import QueryBlock, make_blocks, map_blocks, score_block
@@ -76,6 +77,12 @@ def _rank_block(
     return {}
 
 
+def evaluation_job(settings: Settings, split: Split, output: str) -> EmbedJob:
+    """The embeddings that an evaluation at ``output`` needs."""
+    galleries = galleries_of(split, settings.evaluation.gallery)
+    return EmbedJob(split, frozenset().union(*galleries.values()), f"{output}-embeddings")
+
+
 def evaluate_checkpoint(
     settings: Settings, plan: Plan, checkpoint: str, split: Split, output: str, name: str
 ) -> dict[str, Any]:
@@ -98,16 +105,9 @@ def evaluate_checkpoint(
             return manifest
     storage.remove(output)
     galleries = galleries_of(split, settings.evaluation.gallery)
-    embeddings_uri = f"{output}-embeddings"
-    embed_split(
-        checkpoint,
-        split,
-        set().union(*galleries.values()),
-        embeddings_uri,
-        settings.cluster,
-        plan,
-        settings.data.max_image_pixels,
-    )
+    job = evaluation_job(settings, split, output)
+    embeddings_uri = job.output
+    embed_splits(checkpoint, [job], settings.cluster, plan, settings.data.max_image_pixels)
     blocks = make_blocks(split.triplets, galleries, settings.mining.memory_mb)
     map_blocks(
         f"evaluate {name}",

@@ -20,7 +20,8 @@ import torch
 from qure_core import storage
 from qure_core.config import Settings
 from qure_core.data.schema import Split
-from qure_core.embedding import EmbeddingShards, checkpoint_digest, embed_split
+from qure_core.embedding import EmbedJob, embed_splits
+from qure_core.embedding_shards import EmbeddingShards, checkpoint_digest
 from qure_core.errors import InputError
 from qure_core.mining.mined_set import MINED_KIND, MINED_SCHEMA, SCHEMA_VERSION
 from qure_core.mining.steep_drops import STATUSES, SteepDrops, steep_drop_negatives
@@ -65,12 +66,11 @@ def mine_round(
     check_corpora(split, corpora)
     storage.remove(output)
     started = time.monotonic()
-    embeddings_uri = f"{output}-embeddings"
-    embed_split(
+    job = mining_job(split, corpora, output)
+    embeddings_uri = job.output
+    embed_splits(
         checkpoint,
-        split,
-        set().union(*corpora.values()),
-        embeddings_uri,
+        [job],
         settings.cluster,
         plan,
         settings.data.max_image_pixels,
@@ -112,6 +112,11 @@ def mine_round(
     storage.write_manifest(output, MINED_KIND, description, names)
     storage.remove(embeddings_uri)
     return storage.read_manifest(output, MINED_KIND)
+
+
+def mining_job(split: Split, corpora: dict[str, tuple[str, ...]], output: str) -> EmbedJob:
+    """The embeddings that a round at ``output`` needs."""
+    return EmbedJob(split, frozenset().union(*corpora.values()), f"{output}-embeddings")
 
 
 def corpus_digest(corpora: dict[str, tuple[str, ...]]) -> str:
@@ -236,9 +241,7 @@ def _to_table(block: QueryBlock, first: int, drops: SteepDrops, ids: pa.Array) -
 
 def _block_statistics(table: pa.Table) -> dict[str, Any]:
     """Small per-query numbers that the driver merges: sizes, margins, ranks, statuses."""
-    means = [
-        float(np.mean(scores.values.to_numpy())) for scores in table["negative_scores"]
-    ]
+    means = [float(np.mean(scores.values.to_numpy())) for scores in table["negative_scores"]]
     margin = table["target_score"].to_numpy() - np.asarray(means, np.float32)
     codes = [STATUSES.index(name) for name in table["status"].to_pylist()]
     return {

@@ -2,7 +2,7 @@
 
 from qure_core.model.configuration import PRESETS, QuReConfig, preset
 from qure_core.model.lavis import load_lavis_checkpoint
-from qure_core.model.modeling import QuReModel, encoder_autocast, relevance_scores
+from qure_core.model.modeling import QuReModel, encoder_autocast
 from qure_core.model.pretrained import build_model, load_model
 from qure_core.model.processing import QuReProcessor, learn_tokenizer
 
@@ -17,5 +17,4 @@ __all__ = [
     "load_lavis_checkpoint",
     "load_model",
     "preset",
-    "relevance_scores",
 ]

@@ -94,9 +94,7 @@ _RENAMED: list[tuple[str, str]] = [
 def _split_qkv(number: str, kind: str, value: Tensor) -> dict[str, Tensor]:
     prefix = f"vision_encoder.encoder.layers.{number}.self_attn"
     parts = value.chunk(3, dim=0)
-    return {
-        f"{prefix}.{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)
-    }
+    return {f"{prefix}.{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)}
 
 
 def _q_bias(state: Mapping[str, Tensor], number: str, value: Tensor) -> dict[str, Tensor]:
@@ -192,9 +190,7 @@ def infer_config(
     """
 
     def count(prefix: str) -> int:
-        found = {
-            int(match[1]) for key in state if (match := re.match(rf"{prefix}\.(\d+)\.", key))
-        }
+        found = {int(match[1]) for key in state if (match := re.match(rf"{prefix}\.(\d+)\.", key))}
         return len(found)
 
     def shape(key: str) -> tuple[int, ...]:
@@ -207,7 +203,9 @@ def infer_config(
         "visual_encoder.conv1.weight" if clip else "visual_encoder.patch_embed.proj.weight"
     )
     width, patch = patches[0], patches[-1]
-    tokens = shape("visual_encoder.positional_embedding" if clip else "visual_encoder.pos_embed")[-2]
+    tokens = shape("visual_encoder.positional_embedding" if clip else "visual_encoder.pos_embed")[
+        -2
+    ]
     block = "visual_encoder.transformer.resblocks" if clip else "visual_encoder.blocks"
     vision = {
         "hidden_size": width,

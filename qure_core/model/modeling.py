@@ -16,18 +16,7 @@ from transformers import Blip2QFormerModel, Blip2VisionModel, CLIPVisionModel, P
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from qure_core.model.configuration import QuReConfig
-
-
-def relevance_scores(query_QD: Tensor, image_MTD: Tensor) -> Tensor:
-    """Relevance of every image to every query: max over tokens of the inner product, [Q, M].
-
-    No temperature: it changes no order. One product per token and a running maximum, so that
-    nothing of size Q x M x T exists.
-    """
-    scores_QM = query_QD @ image_MTD[:, 0].T
-    for token in range(1, image_MTD.shape[1]):
-        scores_QM = torch.maximum(scores_QM, query_QD @ image_MTD[:, token].T)
-    return scores_QM
+from qure_core.relevance import relevance_scores
 
 
 def encoder_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -60,7 +49,7 @@ class QuReModel(PreTrainedModel):
         encoder = CLIPVisionModel if config.vision_type == "clip" else Blip2VisionModel
         self.vision_encoder = encoder(vision_config)
         # BLIP-2 hands the last block's raw output to ln_vision.
-        self.vision_encoder.post_layernorm = nn.Identity()
+        self.vision_encoder.post_layernorm = nn.Identity()  # type: ignore[assignment]
         self.ln_vision = nn.LayerNorm(vision_config.hidden_size, eps=config.ln_vision_eps)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.query_tokens, hidden))
         self.text_embeddings = Blip2TextEmbeddings(qformer_config)

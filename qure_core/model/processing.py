@@ -79,7 +79,7 @@ class QuReProcessor:
         return cls(BertTokenizer.from_pretrained(directory), **facts)
 
 
-def learn_tokenizer(texts: Iterable[str], vocabulary_size: int) -> BertTokenizer:
+def learn_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
     """A BERT WordPiece tokenizer learned from ``texts``, for models that start from nothing.
 
     The same texts in the same order give the same vocabulary.

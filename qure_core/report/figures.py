@@ -88,8 +88,15 @@ def score_curve(scores: np.ndarray, row: dict[str, Any]) -> str:
     ranks = np.arange(len(scores))
     axes.plot(ranks, scores, color="black", linewidth=1)
     target = row["target_rank"]
-    axes.plot(target, scores[target], marker="*", color="tab:green", markersize=12, linestyle="none",
-              label=f"target, rank {target}")
+    axes.plot(
+        target,
+        scores[target],
+        marker="*",
+        color="tab:green",
+        markersize=12,
+        linestyle="none",
+        label=f"target, rank {target}",
+    )
     upper, lower = row["upper_drop"], row["lower_drop"]
     if upper and lower:
         first, last = upper["rank"] + 1, lower["rank"]
@@ -104,8 +111,13 @@ def score_curve(scores: np.ndarray, row: dict[str, Any]) -> str:
     else:
         first = target + 1 if target + 1 < len(scores) else 0
         last = first + row["num_negatives"] - 1
-    axes.axvspan(first - 0.5, last + 0.5, color="tab:orange", alpha=0.2,
-                 label=f"{row['num_negatives']} hard negatives ({row['status']})")
+    axes.axvspan(
+        first - 0.5,
+        last + 0.5,
+        color="tab:orange",
+        alpha=0.2,
+        label=f"{row['num_negatives']} hard negatives ({row['status']})",
+    )
     axes.set_xlabel("rank")
     axes.set_ylabel("relevance score")
     axes.legend(frameon=False, fontsize=7)

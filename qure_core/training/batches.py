@@ -133,7 +133,9 @@ def triplet_batches(
         whole = order[start : start + batch_size]
         part, weight = worker_part(whole, rank, workers)
 
-        def build(part: np.ndarray = part, weight: float = weight, count: int = len(whole)) -> Batch:
+        def build(
+            part: np.ndarray = part, weight: float = weight, count: int = len(whole)
+        ) -> Batch:
             chosen = [triplets[i] for i in part]
             return triplet_batch(chosen, [negative_of(t) for t in chosen], load, weight, count)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qure_core import storage
-from qure_core.embedding import CHECKPOINT_KIND
+from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.model import QuReModel, QuReProcessor
 
 OPTIMIZER_FILE = "optimizer.pt"

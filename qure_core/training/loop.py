@@ -23,7 +23,7 @@ from qure_core import storage
 from qure_core.config import Settings
 from qure_core.data import read_split
 from qure_core.data.schema import Triplet
-from qure_core.embedding import CHECKPOINT_KIND
+from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.mining.mined_set import read_mined_set
 from qure_core.model import QuReModel, load_model
 from qure_core.progress import format_seconds
@@ -209,7 +209,7 @@ def train_worker(config: dict[str, Any]) -> None:
             dist.all_reduce(sums)
         losses = [float(value) / count for value, count in zip(sums, counts, strict=True)]
         _check_finite(losses, segment.stage, epoch)
-        facts = {
+        facts: dict[str, Any] = {
             "stage": segment.stage,
             "epoch": epoch + 1,
             "loss": sum(float(s) for s in sums) / sum(counts),

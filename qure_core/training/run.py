@@ -28,9 +28,10 @@ from qure_core.config import Settings
 from qure_core.data import Split, load_split, mining_galleries, read_split, write_split
 from qure_core.data.sources import load_descriptions
 from qure_core.data.world import make_world
+from qure_core.embedding import embed_splits
 from qure_core.errors import InputError
-from qure_core.evaluation.stage import evaluate_checkpoint
-from qure_core.mining.stage import check_corpora, mine_round, round_table
+from qure_core.evaluation.stage import evaluate_checkpoint, evaluation_job
+from qure_core.mining.stage import check_corpora, mine_round, mining_job, round_table
 from qure_core.model import build_model, learn_tokenizer, load_model
 from qure_core.model.pretrained import load_tokenizer
 from qure_core.report.build import build_report, example_queries
@@ -139,9 +140,7 @@ def prepare_data(settings: Settings) -> tuple[Split, Split, dict[str, tuple[str,
     corpora = mining_galleries(data, train)
     check_corpora(train, corpora)
     storage.write_json(storage.join(folder, "corpora.json"), corpora)
-    storage.write_json(
-        storage.join(folder, "captions.json"), load_descriptions(data, train)
-    )
+    storage.write_json(storage.join(folder, "captions.json"), load_descriptions(data, train))
     print(
         f"[prepare] {len(train.triplets):,} train and {len(val.triplets):,} val triplets; "
         f"mining corpus: "
@@ -212,29 +211,41 @@ def run(settings: Settings) -> dict[str, Any]:
         evaluations = evaluation_epochs(train_settings)
         stops = stage_boundaries(train_settings)
         keep = tuple(stops)
+        examples = example_queries(train, settings.report.examples, settings.run.seed)
+        curves = {triplet.query_id for triplet in examples}
         mined_at: int | None = None
         done = latest_epoch(run_dir, "train") or 0
         for stop, following in zip(stops, [*stops[1:], None], strict=True):
             checkpoint = checkpoint_uri(run_dir, "train", stop)
-            if stop in evaluations:
-                manifest = evaluate_checkpoint(
-                    settings,
-                    plan,
+            evaluation = evaluation_uri(run_dir, stop) if stop in evaluations else None
+            mines = stop in minings and train_settings.negatives == "steep_drops"
+            mined = round_uri(run_dir, stop) if mines else None
+            jobs = []
+            if evaluation and not storage.is_committed(evaluation):
+                jobs.append(evaluation_job(settings, val, evaluation))
+            if mined and not storage.is_committed(mined):
+                jobs.append(mining_job(train, corpora, mined))
+            # Both at once: starting the actors is most of the cost on small data.
+            if jobs:
+                embed_splits(
                     checkpoint,
-                    val,
-                    evaluation_uri(run_dir, stop),
-                    evaluations[stop],
+                    jobs,
+                    settings.cluster,
+                    plan,
+                    settings.data.max_image_pixels,
+                    settings.mining.corpus_shards,
+                )
+            if evaluation:
+                manifest = evaluate_checkpoint(
+                    settings, plan, checkpoint, val, evaluation, evaluations[stop]
                 )
                 print(describe_evaluation(manifest), flush=True)
-            if stop in minings and train_settings.negatives == "steep_drops":
+            if mined:
                 mined_at = stop
-                uri = round_uri(run_dir, stop)
-                examples = example_queries(train, settings.report.examples, settings.run.seed)
-                curves = {triplet.query_id for triplet in examples}
                 manifest = mine_round(
-                    settings, plan, checkpoint, train, corpora, uri, stop, curves
+                    settings, plan, checkpoint, train, corpora, mined, stop, curves
                 )
-                print(round_table(manifest) + f"\n  written to {uri}", flush=True)
+                print(round_table(manifest) + f"\n  written to {mined}", flush=True)
             if following is not None and done < following:
                 segment = Segment(
                     stage="train",

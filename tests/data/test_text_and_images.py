@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import GOLDENS
 from PIL import Image
 
-from conftest import GOLDENS
 from qure_core.data.images import load_image, normalise, preprocess_to_bytes
 from qure_core.data.text import circo_prompt, clean_text, join_fashioniq
 from qure_core.errors import InputError

@@ -69,7 +69,7 @@ def test_foreign_directory_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_impossible_worlds_are_refused() -> None:
-    with pytest.raises(InputError, match="raise data.world.images_per_combination"):
+    with pytest.raises(InputError, match=r"raise data\.world\.images_per_combination"):
         plan_world(WorldSettings(images=100_000, images_per_combination=10))
 
 

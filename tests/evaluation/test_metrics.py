@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from conftest import GOLDENS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import GOLDENS
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision, recall_at
 
 GOLDEN = json.loads((GOLDENS / "metrics.json").read_text())

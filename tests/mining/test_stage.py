@@ -124,8 +124,12 @@ def test_any_sharding_gives_the_same_set(
     manifest = mine(data, checkpoint[0], str(tmp_path / "round"), **changes)
     expected = read_mined_set(mined)
     ours = read_mined_set(str(tmp_path / "round"))
-    plain = pa.schema([f.with_type(pa.large_list(pa.string())) if f.name == "negative_ids" else f
-                       for f in MINED_SCHEMA])
+    plain = pa.schema(
+        [
+            f.with_type(pa.large_list(pa.string())) if f.name == "negative_ids" else f
+            for f in MINED_SCHEMA
+        ]
+    )
     key = [("query_id", "ascending")]
     for a, b in zip(
         ours.table.cast(plain).sort_by(key).to_pylist(),
@@ -139,7 +143,7 @@ def test_any_sharding_gives_the_same_set(
 def test_many_tiles_do_not_change_scores(tmp_path: Path, local_ray: None) -> None:
     """Tiles are cut from the whole lists, so a block of 128 or 384 queries scores the same."""
     from qure_core.data.schema import Triplet
-    from qure_core.embedding import EMBEDDINGS_KIND, EmbeddingShards
+    from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards
     from qure_core.scoring import QueryBlock, score_block
 
     rng = np.random.default_rng(0)
@@ -186,15 +190,23 @@ def test_manifest_commits_the_round(
     mined: str,
 ) -> None:
     manifest = json.loads((Path(mined) / "manifest.json").read_text())
-    assert manifest["queries"] == len(data[0].triplets) == sum(
-        manifest["statistics"]["statuses"].values()
+    assert (
+        manifest["queries"]
+        == len(data[0].triplets)
+        == sum(manifest["statistics"]["statuses"].values())
     )
     assert manifest["schema_version"] == 1
     assert manifest["settings"]["exclude_reference"] is True
     assert manifest["peak_task_memory_mb"] > 0
     table = round_table(manifest)
-    for part in ("between two steep drops", "fallback below_target", "negatives per query",
-                 "target - negatives", "embed", "sort and cut"):
+    for part in (
+        "between two steep drops",
+        "fallback below_target",
+        "negatives per query",
+        "target - negatives",
+        "embed",
+        "sort and cut",
+    ):
         assert part in table
     assert not Path(f"{mined}-embeddings").exists()
     curve = read_curves(read_mined_set(mined))[data[0].triplets[0].query_id]
@@ -210,7 +222,7 @@ def test_a_truncated_part_is_noticed(mined: str, tmp_path: Path) -> None:
 
     copy = tmp_path / "copy"
     shutil.copytree(mined, copy)
-    part = next(copy.glob("part-*.parquet"))
+    part = copy / "part-00000.parquet"
     assert pq.read_metadata(part).num_rows > 0
     part.write_bytes(part.read_bytes()[:-10])
     with pytest.raises(InputError, match=r"part-00000\.parquet: \d+ bytes, but its manifest says"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import GOLDENS
 from qure_core.mining import STATUSES, SteepDrops, steep_drop_negatives
 from qure_core.mining.steep_drops import _FIRST_LOOK
 
@@ -82,7 +84,7 @@ def oracle(
     values = [np.float32(scores[i]) for i in below]
     gaps = [values[i] - values[i + 1] for i in range(len(below) - 1)]
     steepest = sorted(range(len(gaps)), key=lambda i: (-gaps[i], i))
-    for a, b in zip(steepest, steepest[1:], strict=False):
+    for a, b in itertools.pairwise(steepest):
         if abs(a - b) > 1:
             first, last = min(a, b), max(a, b)
             ranks = (place + 1 + first, place + 1 + last)
@@ -108,8 +110,9 @@ SCORES = st.one_of(
 @settings(max_examples=300, deadline=None)
 def test_against_the_oracle(data: st.DataObject) -> None:
     images = data.draw(st.integers(3, 90))
-    rows = data.draw(st.lists(st.lists(SCORES, min_size=images, max_size=images), min_size=1,
-                              max_size=4))
+    rows = data.draw(
+        st.lists(st.lists(SCORES, min_size=images, max_size=images), min_size=1, max_size=4)
+    )
     targets = [data.draw(st.integers(0, images - 1)) for _ in rows]
     references = [data.draw(st.integers(-1, images - 1)) for _ in rows]
     drops = steep_drop_negatives(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import GOLDENS
 from transformers import (
     BertTokenizer,
     Blip2Config,
@@ -16,7 +17,6 @@ from transformers import (
     CLIPVisionModel,
 )
 
-from conftest import GOLDENS
 from qure_core.errors import InputError
 from qure_core.model import (
     QuReModel,
@@ -26,8 +26,8 @@ from qure_core.model import (
     load_lavis_checkpoint,
     load_model,
     preset,
-    relevance_scores,
 )
+from qure_core.relevance import relevance_scores
 
 TEXTS = ["is red and longer", "a striped dress with long sleeves", "is shorter and blue"]
 
@@ -187,16 +187,27 @@ def test_hugging_face_blip2_directory(tmp_path: Path) -> None:
         text = model.embed_texts(ids, mask)
     # Their ln_vision uses the encoder's epsilon (1e-6), the released program 1e-5.
     torch.testing.assert_close(image, theirs.image_embeds, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(text, theirs.text_embeds[:, 0] if theirs.text_embeds.dim() == 3
-                               else theirs.text_embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        text,
+        theirs.text_embeds[:, 0] if theirs.text_embeds.dim() == 3 else theirs.text_embeds,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_other_models_and_places_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.pretrained: cannot load 'no/such-model'"):
         load_model("no/such-model")
-    CLIPVisionModel(CLIPVisionConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1,
-                                     intermediate_size=8, image_size=8, patch_size=4)
-                    ).save_pretrained(tmp_path)
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=8,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            intermediate_size=8,
+            image_size=8,
+            patch_size=4,
+        )
+    ).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="a QuRe or BLIP-2 image-text-retrieval model is needed"):
         load_model(str(tmp_path))
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDENS
 from torch import Tensor
 
-from conftest import GOLDENS
 from qure_core.model import QuReModel, load_lavis_checkpoint
 from qure_core.model.lavis import convert_state
 from qure_core.objectives import bradley_terry_losses

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from conftest import GOLDENS
+
 from qure_core.config import DataSettings, TrainSettings
 from qure_core.data import load_split, mining_galleries
 from qure_core.data.schema import Triplet
@@ -133,9 +133,9 @@ def test_workers_share_the_same_global_batches(
             # The weighted losses of all parts add up to the whole batch's.
             with torch.no_grad():
                 losses = sum(
-                    torch.nn.functional.softplus(
-                        (s := model(**part[step].inputs))[:, 1] - s[:, 0]
-                    ).mul(part[step].weight_B).sum()
+                    torch.nn.functional.softplus((s := model(**part[step].inputs))[:, 1] - s[:, 0])
+                    .mul(part[step].weight_B)
+                    .sum()
                     for part in shared
                 )
                 s = model(**whole.inputs)

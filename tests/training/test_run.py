@@ -1,0 +1,187 @@
+"""The main job as users run it: to the end, killed and resumed, on two workers, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, Runner, job
+from safetensors.torch import load_file
+
+from qure_core.evaluation.stage import read_rankings
+from qure_core.mining import read_mined_set
+
+
+def weights(run_dir: Path, epoch: int = 4) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / f"checkpoints/train-{epoch:04d}/model.safetensors")
+
+
+def test_a_whole_run(finished: tuple[Path, str]) -> None:
+    run_dir, output = finished
+    for part in ("start", "end of warm-up", "end ", "R@10", "report:", "mining rounds: 2"):
+        assert part in output
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["train"]["lr"] == 1e-3
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [x for x in lines if x["kind"] == "step" and x["stage"] == "train"]
+    assert [(x["epoch"], x["step"]) for x in steps] == [(e, s) for e in range(4) for s in range(6)]
+    epochs = [x for x in lines if x["kind"] == "epoch" and x["stage"] == "train"]
+    assert [x["negatives"] for x in epochs] == ["random", "random", "steep_drops", "steep_drops"]
+    assert all(x["samples"] == 90 for x in epochs)
+    assert [x["epoch"] for x in lines if x["kind"] == "mining"] == [2, 3]
+    assert [x["name"] for x in lines if x["kind"] == "evaluation"] == [
+        "start",
+        "end of warm-up",
+        "end",
+    ]
+    assert list((run_dir / "tensorboard").glob("events.*"))
+    mined = read_mined_set(str(run_dir / "rounds/epoch-0002"))
+    assert mined.manifest["epoch"] == 2
+    assert mined.table.num_rows == 90
+    # No stage leaves scratch behind.
+    left = {path.name for path in run_dir.iterdir()} - {".lock"}
+    assert left == {
+        "config.yaml",
+        "data",
+        "checkpoints",
+        "rounds",
+        "evaluations",
+        "metrics",
+        "metrics.jsonl",
+        "tensorboard",
+        "report",
+        "summary.json",
+    }
+
+
+def test_training_changes_all_but_the_encoder(finished: tuple[Path, str]) -> None:
+    before, after = weights(finished[0], 0), weights(finished[0], 4)
+    for name, value in before.items():
+        same = torch.equal(value, after[name])
+        assert same == name.startswith("vision_encoder."), name
+
+
+def test_evaluation_ranks_agree_with_the_summary(finished: tuple[Path, str]) -> None:
+    run_dir = finished[0]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    rows = read_rankings(str(run_dir / "evaluations/epoch-0004")).to_pylist()
+    assert len(rows) == 24
+    by_category: dict[str, list[bool]] = {}
+    for row in rows:
+        hit = row["target_id"] in row["top_ids"][:10]
+        assert hit == (row["target_rank"] < 10)
+        assert row["top_scores"] == sorted(row["top_scores"], reverse=True)
+        by_category.setdefault(row["category"], []).append(hit)
+    average = sum(100 * sum(hits) / len(hits) for hits in by_category.values()) / len(by_category)
+    shown = summary["evaluations"]["end"]["recall"]["average"]["R@10"]
+    assert shown == pytest.approx(average)
+
+
+def kill_when(path: Path, command: list[str], timeout: float = 200) -> None:
+    """Start ``command`` and kill it, outright and whole, once ``path`` exists."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, f"the job ended before {path} appeared"
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.timeout(600)
+def test_killed_and_resumed_runs_end_with_the_same_weights(
+    finished: tuple[Path, str], world: Path, tmp_path: Path, run_pipeline: Runner
+) -> None:
+    run_dir = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "pipelines/train.py"), *job(world, run_dir)]
+    # In the warm-up, between two epochs of one trainer; then while a round is being mined.
+    kill_when(run_dir / "checkpoints/train-0001/manifest.json", command)
+    assert not (run_dir / "checkpoints/train-0002").exists()
+    kill_when(run_dir / "rounds/epoch-0003-embeddings", command)
+    assert not (run_dir / "rounds/epoch-0003").exists()
+    result = run_pipeline("train", *job(world, run_dir))
+    assert result.returncode == 0, result.stdout + result.stderr
+    expected = weights(finished[0])
+    for name, value in weights(run_dir).items():
+        assert torch.equal(value, expected[name]), name
+    for name in ("epoch-0002", "epoch-0003"):
+        ours, theirs = (
+            read_mined_set(str(base / "rounds" / name)).negatives()
+            for base in (run_dir, finished[0])
+        )
+        assert {k: v.tolist() for k, v in ours.items()} == {
+            k: v.tolist() for k, v in theirs.items()
+        }
+    mine, whole = (
+        [
+            {k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_mb")}
+            for line in (base / "metrics.jsonl").read_text().splitlines()
+        ]
+        for base in (run_dir, finished[0])
+    )
+    assert mine == whole
+
+
+@pytest.mark.timeout(400)
+def test_two_workers_train_the_same_model(
+    finished: tuple[Path, str], world: Path, tmp_path: Path, run_pipeline: Runner
+) -> None:
+    """Same global batches on 1 and 2 workers: the same losses and weights, up to rounding."""
+    start = finished[0] / "checkpoints/train-0000"
+    weights_of = []
+    for workers in (1, 2):
+        run_dir = tmp_path / f"workers{workers}"
+        result = run_pipeline(
+            "train",
+            *job(world, run_dir, f"--model.pretrained={start}", "--model.dropout=0"),
+            f"--cluster.train_workers={workers}",
+            "--train.epochs=2",
+            "--train.mining_definitions=1",
+            "--train.negatives=random",
+            "--train.batch_size=20",  # the last batch of 90 is short
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        weights_of.append(weights(run_dir, 2))
+    for name, value in weights_of[0].items():
+        torch.testing.assert_close(weights_of[1][name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_changed_setting_is_refused_on_resume(
+    finished: tuple[Path, str], world: Path, run_pipeline: Runner
+) -> None:
+    result = run_pipeline("train", *job(world, finished[0], "--train.lr=1e-4"))
+    assert result.returncode == 2
+    assert "train.lr: 0.001 there, 0.0001 now" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_mine_alone_gives_the_rounds_bytes(
+    finished: tuple[Path, str], world: Path, tmp_path: Path, run_pipeline: Runner
+) -> None:
+    run_dir = finished[0]
+    output = tmp_path / "alone"
+    result = run_pipeline(
+        "mine",
+        *job(world, run_dir),
+        f"--checkpoint={run_dir}/checkpoints/train-0002",
+        f"--output={output}",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for part in ("between two steep drops", "negatives per query", f"mined set: {output}"):
+        assert part in result.stdout
+    for file in output.glob("part-*.parquet"):
+        theirs = run_dir / "rounds/epoch-0002" / file.name
+        assert file.read_bytes() == theirs.read_bytes()
+    shutil.rmtree(output)
