@@ -4,22 +4,23 @@ VENV := .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONFIG ?= configs/quickstart.yaml
-STAMP := $(VENV)/.installed
 
-.PHONY: train test install clean
+.PHONY: train test clean
 
-$(STAMP): setup.cfg pyproject.toml
+$(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet "$(TORCH)"
+	$(VENV)/bin/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --editable ".[test]"
 	touch $@
 
-install: $(STAMP)
-
-train: $(STAMP)
+train: $(VENV)/.installed
 	$(VENV)/bin/python cluster/local.py submit -- python pipelines/train.py --config $(CONFIG) $(ARGS)
 
-test: $(STAMP)
+test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy

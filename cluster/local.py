@@ -104,7 +104,7 @@ def local_head(environment: dict[str, str]) -> Iterator[str]:
 def submit(address: str, environment: dict[str, str], command: list[str]) -> int:
     """Submit ``command`` with this directory as its working directory, and follow it."""
     job = f"qure-{uuid.uuid4().hex[:12]}"
-    runtime = {"env_vars": {"QURE_HOME": os.getcwd(), "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}}
+    runtime = {"env_vars": {"QURE_HOME": os.getcwd()}}
     line = ["ray", "job", "submit", "--address", address, "--submission-id", job]
     line += ["--working-dir", ".", "--runtime-env-json", json.dumps(runtime), "--", *command]
     follower = subprocess.Popen(line, env=environment)

@@ -16,9 +16,7 @@ from qure_core.errors import InputError
 def connect() -> None:
     """Join the cluster of ``RAY_ADDRESS`` or of the submitted job; else start Ray in-process."""
     if not ray.is_initialized():
-        # Workers' prints reach the driver once: Ray Train's own copy of them is switched off.
-        environment = {"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}}
-        ray.init(runtime_env=environment, logging_level=logging.WARNING)
+        ray.init(logging_level=logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stages print their own
     logging.getLogger("ray.data").setLevel(logging.WARNING)

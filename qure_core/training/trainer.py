@@ -35,6 +35,8 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
             name=f"{segment.stage}-{segment.last_epoch}-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            # Workers' prints reach the driver already: no second copy through Train's logger.
+            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
         ),
     )
     try:
