@@ -16,6 +16,8 @@ GOLDENS = Path(__file__).parent / "goldens"
 # Nothing here may reach a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Each test and pipeline has a Ray of its own, whatever else runs on this machine.
+os.environ["RAY_ADDRESS"] = "local"
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +26,7 @@ def local_ray() -> Iterator[None]:
 
     from qure_core.resources import connect
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
     connect()
     yield
     ray.shutdown()
