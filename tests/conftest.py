@@ -66,7 +66,7 @@ def run_pipeline() -> Runner:
     return run
 
 
-# The smallest job with everything in it: pretraining, a warm-up, two minings, three evaluations.
+# The smallest job with everything in it: pretraining, a warm-up, a mining, three evaluations.
 JOB = [
     "--data.world.images=180",
     "--data.world.images_per_combination=3",
@@ -75,9 +75,9 @@ JOB = [
     "--data.world.image_size=32",
     "--pretrain.epochs=1",
     "--pretrain.batch_size=32",
-    "--train.epochs=4",
+    "--train.epochs=3",
     "--train.warmup_epochs=2",
-    "--train.mining_definitions=4",
+    "--train.mining_definitions=3",
     "--train.lr=1e-3",
     "--train.batch_size=16",
     "--cluster.gpus=none",
@@ -103,3 +103,13 @@ def finished(
 def finished_run(finished: tuple[Path, str]) -> Path:
     """The run directory of a whole run."""
     return finished[0]
+
+
+@pytest.fixture(scope="session")
+def annotations() -> Path:
+    """The benchmarks' real annotation files, from QURE_ANNOTATIONS or a folder beside the tree."""
+    default = ROOT.parent / "shared" / "data" / "annotations"
+    folder = Path(os.environ.get("QURE_ANNOTATIONS", default))
+    if not folder.is_dir():
+        pytest.skip("the real annotation files are not here; set QURE_ANNOTATIONS to their folder")
+    return folder

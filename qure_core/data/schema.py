@@ -6,13 +6,13 @@ category, the distinct images that a query of the category is ranked against.
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qure_core import storage
+from qure_core.parquet import read_parquet
 
 SPLIT_KIND = "dataset split"
 
@@ -82,7 +82,7 @@ def read_split(uri: str) -> Split:
     manifest = storage.read_manifest(uri, SPLIT_KIND)
 
     def table(name: str) -> pa.Table:
-        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, name))))
+        return read_parquet(storage.join(uri, name))
 
     triplets = tuple(
         Triplet(**row | {key: tuple(row[key]) for key in ("group", "relevant_ids")})

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from qure_core import storage
@@ -17,6 +15,7 @@ from qure_core.data.schema import Split
 from qure_core.embedding import EmbedJob, embed_splits
 from qure_core.embedding_shards import EmbeddingShards, checkpoint_digest
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
+from qure_core.parquet import read_parquet, write_parquet
 from qure_core.resources import Plan
 from qure_core.scoring import QueryBlock, make_blocks, map_blocks, score_block
 
@@ -33,6 +32,21 @@ def galleries_of(split: Split, kind: str) -> dict[str, tuple[str, ...]]:
     return {category: tuple(sorted(ids)) for category, ids in union.items()}
 
 
+_RANKINGS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("category", pa.string()),
+        ("target_id", pa.string()),
+        ("target_rank", pa.int64()),  # None without a target
+        ("target_ties", pa.int64()),  # other images with the target's score
+        ("top_ids", pa.list_(pa.string())),
+        ("top_scores", pa.list_(pa.float32())),
+        ("relevant_ranks", pa.list_(pa.int64())),
+        ("subset_ids", pa.list_(pa.string())),  # CIRR's image set, in ranking order
+    ]
+)
+
+
 def _rank_block(
     block: QueryBlock, embeddings_uri: str, output: str, top_k: int, drop_reference: bool
 ) -> dict[str, Any]:
@@ -40,41 +54,64 @@ def _rank_block(
     column = {image_id: i for i, image_id in enumerate(block.corpus)}
     rows = []
     for triplet, scores_M in zip(block.triplets, scores_QM, strict=True):
-        if drop_reference and triplet.reference_id != triplet.target_id:
+        dropped = drop_reference and triplet.reference_id != triplet.target_id
+        if dropped:
             scores_M[column[triplet.reference_id]] = -torch.inf
         # Equal scores rank by image id, which is column order.
         order_M = scores_M.sort(descending=True, stable=True).indices.numpy()
-        rank_of = np.empty(len(order_M), np.int64)
+        order_M = order_M[: len(order_M) - dropped]
+        rank_of = np.empty(len(scores_M), np.int64)
         rank_of[order_M] = np.arange(len(order_M))
         top = order_M[:top_k]
+        target = None if triplet.target_id is None else column[triplet.target_id]
+        members = [column[name] for name in triplet.group if name != triplet.reference_id]
         rows.append(
             {
                 "query_id": triplet.query_id,
                 "category": triplet.category,
                 "target_id": triplet.target_id,
-                "target_rank": int(rank_of[column[str(triplet.target_id)]]),
+                "target_rank": None if target is None else int(rank_of[target]),
+                "target_ties": None
+                if target is None
+                else int((scores_M == scores_M[target]).sum()) - 1,
                 "top_ids": [block.corpus[i] for i in top],
                 "top_scores": scores_M[top].tolist(),
                 "relevant_ranks": sorted(
                     int(rank_of[column[i]]) for i in triplet.relevant_ids if i in column
                 ),
+                "subset_ids": [block.corpus[i] for i in sorted(members, key=rank_of.__getitem__)],
             }
         )
-    schema = pa.schema(
-        [
-            ("query_id", pa.string()),
-            ("category", pa.string()),
-            ("target_id", pa.string()),
-            ("target_rank", pa.int64()),
-            ("top_ids", pa.list_(pa.string())),
-            ("top_scores", pa.list_(pa.float32())),
-            ("relevant_ranks", pa.list_(pa.int64())),
-        ]
-    )
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="zstd")
-    storage.write_bytes(storage.join(output, f"part-{block.number:05d}.parquet"), buffer.getvalue())
+    table = pa.Table.from_pylist(rows, _RANKINGS)
+    write_parquet(storage.join(output, f"part-{block.number:05d}.parquet"), table)
     return {}
+
+
+def rank_queries(
+    name: str,
+    split: Split,
+    galleries: dict[str, tuple[str, ...]],
+    embeddings_uri: str,
+    output: str,
+    *,
+    memory_mb: int,
+    top_k: int,
+    drop_reference: bool,
+) -> list[str]:
+    """Rank each query's gallery and write the rows to ``output``; return the files' names."""
+    blocks = make_blocks(split.triplets, galleries, memory_mb)
+    map_blocks(
+        f"rank {name}",
+        blocks,
+        _rank_block,
+        arguments={
+            "embeddings_uri": embeddings_uri,
+            "output": output,
+            "top_k": top_k,
+            "drop_reference": drop_reference,
+        },
+    )
+    return [f"part-{block.number:05d}.parquet" for block in blocks]
 
 
 def evaluation_job(settings: Settings, split: Split, output: str) -> EmbedJob:
@@ -106,36 +143,35 @@ def evaluate_checkpoint(
     storage.remove(output)
     galleries = galleries_of(split, settings.evaluation.gallery)
     job = evaluation_job(settings, split, output)
-    embeddings_uri = job.output
     embed_splits(checkpoint, [job], settings.cluster, plan, settings.data.max_image_pixels)
-    blocks = make_blocks(split.triplets, galleries, settings.mining.memory_mb)
-    map_blocks(
-        f"evaluate {name}",
-        blocks,
-        _rank_block,
-        arguments={
-            "embeddings_uri": embeddings_uri,
-            "output": output,
-            "top_k": settings.evaluation.top_k,
-            "drop_reference": drop_reference,
-        },
+    names = rank_queries(
+        name,
+        split,
+        galleries,
+        job.output,
+        output,
+        memory_mb=settings.mining.memory_mb,
+        top_k=settings.evaluation.top_k,
+        drop_reference=drop_reference,
     )
-    names = [f"part-{block.number:05d}.parquet" for block in blocks]
-    rows = _read_parts(output, names).to_pylist()
+    rows = read_rows(output, names)
     description = facts | {
         "queries": len(rows),
         "gallery_images": {category: len(ids) for category, ids in galleries.items()},
         "metrics": summarise(rows),
     }
     storage.write_manifest(output, EVALUATION_KIND, description, names)
-    storage.remove(embeddings_uri)
+    storage.remove(job.output)
     return storage.read_manifest(output, EVALUATION_KIND)
 
 
+def read_rows(uri: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The ranking rows that `rank_queries` wrote."""
+    return _read_parts(uri, names).to_pylist()
+
+
 def _read_parts(uri: str, names: Sequence[str]) -> pa.Table:
-    return pa.concat_tables(
-        pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, name)))) for name in names
-    )
+    return pa.concat_tables(read_parquet(storage.join(uri, name)) for name in names)
 
 
 def read_rankings(uri: str) -> pa.Table:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qure_core import storage
+from qure_core.parquet import read_parquet
 
 MINED_KIND = "mined set"
 SCHEMA_VERSION = 1
@@ -71,8 +70,7 @@ def read_curves(mined: MinedSet) -> dict[str, np.ndarray]:
     curves = {}
     for name in mined.manifest["files"]:
         if name.startswith("curves-"):
-            data = storage.read_bytes(storage.join(mined.uri, name))
-            table = pq.read_table(io.BytesIO(data)).to_pydict()
+            table = read_parquet(storage.join(mined.uri, name)).to_pydict()
             for query_id, scores in zip(table["query_id"], table["scores"], strict=True):
                 curves[query_id] = np.asarray(scores, np.float32)
     return curves
@@ -85,8 +83,5 @@ def read_mined_set(uri: str, columns: list[str] | None = None) -> MinedSet:
     """
     manifest = storage.read_manifest(uri, MINED_KIND)
     parts = sorted(name for name in manifest["files"] if name.startswith("part-"))
-    tables = [
-        pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, name))), columns=columns)
-        for name in parts
-    ]
+    tables = [read_parquet(storage.join(uri, name), columns) for name in parts]
     return MinedSet(uri, manifest, pa.concat_tables(tables).unify_dictionaries())

@@ -7,14 +7,12 @@ query's scores, cut between the two steep drops, write a Parquet part per block,
 from __future__ import annotations
 
 import hashlib
-import io
 import resource
 import time
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from qure_core import storage
@@ -25,6 +23,7 @@ from qure_core.embedding_shards import EmbeddingShards, checkpoint_digest
 from qure_core.errors import InputError
 from qure_core.mining.mined_set import MINED_KIND, MINED_SCHEMA, SCHEMA_VERSION
 from qure_core.mining.steep_drops import STATUSES, SteepDrops, steep_drop_negatives
+from qure_core.parquet import write_parquet
 from qure_core.resources import Plan
 from qure_core.scoring import QueryBlock, make_blocks, map_blocks, score_block
 
@@ -177,10 +176,10 @@ def _mine_block(
                 kept[triplet.query_id] = drops.scores_QM[q, : drops.length_Q[q]].numpy()
     table = pa.concat_tables(tables)
     cut = time.monotonic()
-    _write_parquet(storage.join(output, f"part-{block.number:05d}.parquet"), table)
+    write_parquet(storage.join(output, f"part-{block.number:05d}.parquet"), table)
     if kept:
         curve_table = pa.table({"query_id": list(kept), "scores": list(kept.values())})
-        _write_parquet(storage.join(output, f"curves-{block.number:05d}.parquet"), curve_table)
+        write_parquet(storage.join(output, f"curves-{block.number:05d}.parquet"), curve_table)
     return _block_statistics(table) | {
         "score_seconds": scored - started,
         "cut_seconds": cut - scored,
@@ -188,12 +187,6 @@ def _mine_block(
         "has_curves": bool(kept),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-
-
-def _write_parquet(uri: str, table: pa.Table) -> None:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(uri, buffer.getvalue())
 
 
 def _to_table(block: QueryBlock, first: int, drops: SteepDrops, ids: pa.Array) -> pa.Table:

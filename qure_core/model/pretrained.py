@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import (
     AutoConfig,
     BertTokenizer,
     Blip2ForImageTextRetrieval,
+    CLIPVisionModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
@@ -33,13 +35,18 @@ _HF_PREFIXES = {
 }
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, or its type where it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """A BERT tokenizer from a directory or a hub id, with BLIP-2's [DEC] token appended."""
     try:
         return with_decoder_token(BertTokenizer.from_pretrained(source))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model.tokenizer: cannot load {source!r} ({str(error).splitlines()[0]}); give a "
+            f"model.tokenizer: cannot load {source!r} ({first_line(error)}); give a "
             "directory with a BERT vocabulary, or a hub id on a machine that reaches the hub"
         ) from None
 
@@ -68,7 +75,7 @@ def load_model(
         found = AutoConfig.from_pretrained(source).model_type if not _is_ours(source) else "qure"
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model.pretrained: cannot load {source!r} ({str(error).splitlines()[0]}); give a "
+            f"model.pretrained: cannot load {source!r} ({first_line(error)}); give a "
             "directory, or a hub id on a machine that reaches the hub"
         ) from None
     if found == "qure":
@@ -102,6 +109,77 @@ def _is_ours(source: str) -> bool:
 def _set_dropout(config: QuReConfig, dropout: float | None) -> None:
     if dropout is not None:
         config.qformer |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+
+
+_CLIP_CONFIG = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
+
+def _donor(kind: Any, source: str, option: str) -> Any:
+    try:
+        return kind.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option}: cannot load {source!r} ({first_line(error)})") from None
+
+
+def fill_vision_encoder(model: QuReModel, source: str) -> None:
+    """Replace a CLIP-style encoder's weights by those of a Hugging Face CLIP directory or hub id.
+
+    Of the donor's layers the first are taken: BLIP-2 uses 23 of CLIP ViT-L/14's 24.
+    """
+    if model.config.vision_type != "clip":
+        raise InputError("--clip: the model's vision encoder is EVA's, not CLIP's")
+    donor = _donor(CLIPVisionModel, source, "--clip")
+    ours = model.config.vision_config()
+    different = [
+        f"{name} is {getattr(donor.config, name)} there, {getattr(ours, name)} here"
+        for name in _CLIP_CONFIG
+        if getattr(donor.config, name) != getattr(ours, name)
+    ]
+    if donor.config.num_hidden_layers < ours.num_hidden_layers:
+        different.append(f"it has only {donor.config.num_hidden_layers} layers")
+    if different:
+        raise InputError(f"--clip: {source!r} does not fit: {'; '.join(different)}")
+    state = donor.state_dict()
+    wanted = model.vision_encoder.state_dict()
+    model.vision_encoder.load_state_dict({name: state[name] for name in wanted})
+
+
+def fill_qformer(model: QuReModel, source: str) -> None:
+    """Replace all but the vision encoder and ln_vision by a Hugging Face BLIP-2's parts."""
+    donor = _donor(Blip2ForImageTextRetrieval, source, "--blip2")
+    kept = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.startswith(("vision_encoder.", "ln_vision.", "temperature"))
+    }
+    theirs = {
+        name: value
+        for name, value in _convert_hf(donor, source).items()
+        if not name.startswith(("vision_encoder.", "ln_vision."))
+    }
+    load_converted(model, kept | theirs, source)
+
+
+def _convert_hf(donor: Any, source: str) -> dict[str, Tensor]:
+    """A `Blip2ForImageTextRetrieval`'s tensors under our names."""
+    converted: dict[str, Tensor] = {}
+    for name, value in donor.state_dict().items():
+        for prefix, ours in _HF_PREFIXES.items():
+            if name.startswith(prefix):
+                converted[ours + name.removeprefix(prefix)] = value
+                break
+        else:
+            if not name.startswith("itm_head."):
+                raise InputError(f"{source}: unknown parameter {name!r}")
+    return converted
 
 
 def _from_hf_blip2(source: str, dropout: float | None) -> QuReModel:
@@ -141,15 +219,6 @@ def _from_hf_blip2(source: str, dropout: float | None) -> QuReModel:
         embed_dim=theirs.image_text_hidden_size,
     )
     _set_dropout(config, dropout)
-    converted: dict[str, Tensor] = {}
-    for name, value in donor.state_dict().items():
-        for prefix, ours in _HF_PREFIXES.items():
-            if name.startswith(prefix):
-                converted[ours + name.removeprefix(prefix)] = value
-                break
-        else:
-            if not name.startswith("itm_head."):
-                raise InputError(f"{source}: unknown parameter {name!r}")
     model = QuReModel(config)
-    load_converted(model, converted, source)
+    load_converted(model, _convert_hf(donor, source), source)
     return model

@@ -45,24 +45,8 @@ from qure_core.training.checkpoints import (
     save_checkpoint,
 )
 from qure_core.training.schedule import learning_rate
+from qure_core.training.segment import Segment
 from qure_core.training.steps import CaptionStep, TripletStep
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive epochs of one stage, between two stops of the schedule.
-
-    ``mined_uri`` is the mined set whose negatives are used, ``mined_at`` the epoch it was mined
-    at; both None for random negatives. ``keep`` lists epochs whose checkpoints stay.
-    """
-
-    stage: str  # "pretrain" or "train"
-    run_dir: str
-    settings: dict[str, Any]
-    last_epoch: int
-    mined_uri: str | None = None
-    mined_at: int | None = None
-    keep: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,9 +129,8 @@ def _make_task(segment: Segment, model: QuReModel, load: ImageLoader) -> _Task:
     )
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's function: run the epochs of ``config`` (a `Segment`'s fields) that remain."""
-    segment = Segment(**config)
+def train_segment(segment: Segment) -> None:
+    """One worker's part of the epochs of ``segment`` that remain."""
     settings = Settings(**segment.settings)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()

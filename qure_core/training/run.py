@@ -39,8 +39,8 @@ from qure_core.resources import Plan, connect, plan_resources
 from qure_core.seeds import derive
 from qure_core.training.checkpoints import checkpoint_uri, latest_epoch, save_checkpoint
 from qure_core.training.layout import committed, evaluation_uri, round_uri
-from qure_core.training.loop import Segment
 from qure_core.training.schedule import evaluation_epochs, mining_epochs, stage_boundaries
+from qure_core.training.segment import Segment
 from qure_core.training.trainer import run_segment
 
 # Settings that may change between a run and its resumption: they do not change its result.

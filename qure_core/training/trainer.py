@@ -13,7 +13,15 @@ from qure_core import storage
 from qure_core.config import ClusterSettings
 from qure_core.errors import InputError
 from qure_core.resources import Plan
-from qure_core.training.loop import Segment, train_worker
+from qure_core.training.segment import Segment
+
+
+def _worker(config: dict[str, Any]) -> None:
+    # Imported here, so that Ray Train's controller, which unpickles this function, need not
+    # import the model libraries too.
+    from qure_core.training.loop import train_segment
+
+    train_segment(Segment(**config))
 
 
 def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
@@ -24,14 +32,14 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
     """
     scratch = storage.join(segment.run_dir, "ray_train")
     trainer = TorchTrainer(
-        train_worker,
+        _worker,
         train_loop_config=asdict(segment),
         scaling_config=ScalingConfig(
             num_workers=cluster.train_workers,
             use_gpu=plan.gpus > 0,
             resources_per_worker=plan.train,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # its stub is of Train V1
             name=f"{segment.stage}-{segment.last_epoch}-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=cluster.max_failures),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from qure_core.model import (
     load_model,
     preset,
 )
+from qure_core.model.pretrained import fill_qformer, fill_vision_encoder
 from qure_core.relevance import relevance_scores
 
 TEXTS = ["is red and longer", "a striped dress with long sleeves", "is shorter and blue"]
@@ -268,3 +271,82 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="could run code"):
             load_golden(tmp_path / name)
     assert not marker.exists()
+
+
+def clip_directory(path: Path, layers: int = 4) -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=layers,
+        intermediate_size=256,
+        image_size=56,
+        patch_size=14,
+    )
+    donor = CLIPVisionModel(config).eval()
+    donor.save_pretrained(path)
+    return donor
+
+
+def test_encoder_filled_from_a_clip_directory(tmp_path: Path) -> None:
+    donor = clip_directory(tmp_path / "clip")
+    model = load_golden(GOLDEN).eval()  # three layers, of the donor's four
+    fill_vision_encoder(model, str(tmp_path / "clip"))
+    pixels = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        states = donor(pixel_values=pixels, output_hidden_states=True).hidden_states
+        assert torch.equal(model.encode_vision(pixels), states[3])
+    clip_directory(tmp_path / "small", layers=2)
+    with pytest.raises(InputError, match="it has only 2 layers"):
+        fill_vision_encoder(model, str(tmp_path / "small"))
+    with pytest.raises(InputError, match="--clip: cannot load"):
+        fill_vision_encoder(model, str(tmp_path / "nowhere"))
+
+
+def test_qformer_filled_from_a_blip2_directory(tmp_path: Path) -> None:
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = Blip2Config(
+        vision_config={**vision, "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+        qformer_config={
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "vocab_size": 200,
+            "max_position_embeddings": 64,
+            "encoder_hidden_size": 64,
+            "use_qformer_text_input": True,
+        },
+        num_query_tokens=8,
+        image_text_hidden_size=32,
+    )
+    donor = Blip2ForImageTextRetrieval(config)
+    donor.save_pretrained(tmp_path)
+    model = load_golden(GOLDEN)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fill_qformer(model, str(tmp_path))
+    for name, value in donor.qformer.state_dict().items():
+        assert torch.equal(model.qformer.state_dict()[name], value), name
+    assert torch.equal(model.vision_proj.weight, donor.vision_projection.weight)
+    for name, value in model.state_dict().items():
+        if name.startswith(("vision_encoder.", "ln_vision.", "temperature")):
+            assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("name", ["model_tiny.pth", "model_eva_tiny.pth"])
+def test_convert_writes_what_from_pretrained_reads(name: str, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    learn_tokenizer(TEXTS, 100).save_pretrained(tokenizer)
+    command = [sys.executable, "-m", "qure_core.model.convert", str(GOLDENS / name)]
+    command += [str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
+    command += ["--vision-heads", "4", "--qformer-heads", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    source = load_lavis_checkpoint(GOLDENS / name, vision_heads=4, qformer_heads=4)
+    model, processor = load_model(str(tmp_path / "out"))
+    for before, after in zip(outputs(source, processor), outputs(model, processor), strict=True):
+        assert torch.equal(before, after)
+    command[3] = str(tmp_path / "missing.pth")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "missing.pth: no such file" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -44,7 +44,7 @@ def test_report_renders_without_errors(finished_run: Path, tmp_path: Path) -> No
     assert len(images) > 40
     assert all(shown for _, shown in images), [alt for alt, shown in images if not shown]
     assert names == ["start", "end of warm-up", "end"]
-    assert rounds == 2
+    assert rounds == 1
     assert targets >= 4
     assert headings == [
         "Val metrics",
@@ -63,7 +63,7 @@ def test_captions_are_escaped(finished_run: Path, tmp_path: Path) -> None:
     settings = Settings(
         run={"dir": str(copy)},
         report={"examples": 100},
-        train={"epochs": 4, "warmup_epochs": 2, "mining_definitions": 4},
+        train={"epochs": 3, "warmup_epochs": 2, "mining_definitions": 3},
     )
     train, val = (read_split(str(copy / "data" / name)) for name in ("train", "val"))
     hostile = '<script>alert(1)</script> "><img src=x onerror=alert(2)>'

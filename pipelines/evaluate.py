@@ -1,0 +1,80 @@
+"""Evaluate a checkpoint under a benchmark's protocol, or write its submission files.
+
+    python pipelines/evaluate.py --protocol fashioniq --checkpoint DIR --data.root DATA --output OUT
+
+Protocols: fashioniq (val, both galleries), cirr (val), cirr-test, circo (val), circo-test,
+hp-fashioniq (with --judged hpfiq.json). The result is kept under a digest of the weights, the
+annotations and the images' bytes: the same question is not computed twice, a changed one always is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from qure_core import storage
+from qure_core.config import load_settings
+from qure_core.errors import run_main
+from qure_core.evaluation.published import comparison_table
+from qure_core.evaluation.run_protocol import PROTOCOLS, evaluate_protocol
+from qure_core.resources import connect, plan_resources
+
+
+def tables(protocol: str, result: dict[str, Any]) -> list[str]:
+    """The result as text, its figures beside published ones where there are any."""
+    if protocol == "fashioniq":
+        lines = []
+        for gallery, part in result.items():
+            lines.append(f"gallery: {gallery}; {part['tied']} queries have a tied target")
+            for category, row in part["recall"].items():
+                cells = "  ".join(f"{name} {value:6.2f}" for name, value in row.items())
+                lines.append(f"  {category:<12} {cells}")
+            lines.append(
+                comparison_table(protocol, part["recall"]["average"], f"{gallery} gallery")
+            )
+        return lines
+    if protocol in ("cirr", "circo"):
+        figures = result.get("recall") or result["map"]
+        return [comparison_table(protocol, figures, "val"), f"{result['tied']} tied targets"]
+    if protocol == "hp-fashioniq":
+        return [
+            f"{name:<10} {part['value']:.4f}  95% interval {part['interval_95'][0]:.4f} to "
+            f"{part['interval_95'][1]:.4f}  ({part['pairs']:,} pairs)"
+            for name, part in (("ratio", result["ratio"]), ("symmetric", result["symmetric"]))
+        ] + [f"{result['ties']} ties; intervals resample {result['participants']} participants"]
+    return [f"submission for {result['queries']:,} queries, checked against the server's rules"]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--checkpoint", required=True, help="checkpoint directory: a path or URI")
+    options.add_argument("--protocol", required=True, choices=PROTOCOLS, help="what to evaluate")
+    options.add_argument("--output", required=True, help="where results are kept: a path or URI")
+    options.add_argument("--judged", help="hp-fashioniq: path of hpfiq.json")
+    settings, chosen = load_settings(
+        sys.argv[1:], "pipelines/evaluate.py", "Evaluate a checkpoint under a protocol.", options
+    )
+    output = storage.resolve(chosen.output)
+    storage.check_writable(output, "output")
+    connect()
+    manifest = evaluate_protocol(
+        settings,
+        plan_resources(settings.cluster),
+        storage.resolve(chosen.checkpoint),
+        chosen.protocol,
+        output,
+        storage.resolve(chosen.judged) if chosen.judged else None,
+    )
+    storage.write_json(
+        storage.join(output, f"{chosen.protocol}.json"),
+        {name: manifest[name] for name in ("protocol", "checkpoint", "data", "result", "uri")},
+    )
+    print("\n".join(tables(chosen.protocol, manifest["result"])))
+    for name in manifest["files"]:
+        print(f"file:   {storage.join(manifest['uri'], name)}")
+    print(f"result: {storage.join(output, chosen.protocol + '.json')}", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

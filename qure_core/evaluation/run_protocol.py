@@ -1,0 +1,256 @@
+"""A checkpoint on a benchmark's protocol: embed, rank, measure, and write what its server takes.
+
+Results are kept under a digest of everything they depend on (weights, annotations, image bytes,
+protocol), so nothing stale is ever reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+
+from qure_core import storage
+from qure_core.config import Settings
+from qure_core.data.circo import read_circo
+from qure_core.data.cirr import read_cirr
+from qure_core.data.fashioniq import read_fashioniq
+from qure_core.data.layout import ImageFolder
+from qure_core.data.schema import Split, Triplet
+from qure_core.embedding import EmbedJob, embed_splits
+from qure_core.embedding_shards import EmbeddingShards, checkpoint_digest
+from qure_core.errors import InputError, Problem, raise_problems
+from qure_core.evaluation.metrics import fashioniq_summary
+from qure_core.evaluation.protocols import (
+    JudgedPair,
+    check_circo_submission,
+    check_cirr_submission,
+    circo_submission,
+    circo_summary,
+    cirr_submission,
+    cirr_summary,
+    parse_hp_fashioniq,
+    preference_summary,
+)
+from qure_core.evaluation.stage import galleries_of, rank_queries, read_rows
+from qure_core.progress import Progress
+from qure_core.resources import Plan
+
+PROTOCOLS = ("fashioniq", "cirr", "cirr-test", "circo", "circo-test", "hp-fashioniq")
+RESULT_KIND = "protocol result"
+_BATCH = 512
+
+
+def _load(settings: Settings, protocol: str) -> Split:
+    data = settings.data
+    if protocol == "fashioniq":
+        split, problems = read_fashioniq(data.root, "val", data.categories)
+    elif protocol.startswith("cirr"):
+        split, problems = read_cirr(data.root, "val" if protocol == "cirr" else "test1")
+    else:
+        split, problems = read_circo(data.root, "val" if protocol == "circo" else "test")
+    raise_problems(problems, f"{data.root} ({protocol})")
+    return split
+
+
+def _load_judged(settings: Settings, file: str) -> tuple[Split, list[JudgedPair]]:
+    pairs = parse_hp_fashioniq(storage.read_json(file), file)
+    folder = ImageFolder(storage.join(settings.data.root, "images"))
+    by_name = {name.rsplit("/", 1)[-1]: name for name in folder.names()}
+    images: dict[str, str] = {}
+    problems = []
+    for name in sorted({i for p in pairs for i in (p.reference_id, *p.set1, *p.set2)}):
+        uri = folder.find(by_name.get(name, name))
+        if uri is None:
+            problems.append(Problem(file, name, f"image is missing in {folder.uri}"))
+        else:
+            images[name] = uri
+    raise_problems(problems, f"{file} (hp-fashioniq)")
+    queries = tuple(
+        Triplet(f"{number:06d}", pair.reference_id, pair.text, None, "hp")
+        for number, pair in enumerate(pairs)
+    )
+    return Split("hp", queries, images, {"hp": tuple(images)}), pairs
+
+
+def _hash_images(batch: Any) -> Any:
+    digests = [hashlib.sha256(storage.read_bytes(str(uri))).hexdigest() for uri in batch["uri"]]
+    return {"uri": batch["uri"], "sha256": np.asarray(digests)}
+
+
+def content_digest(split: Split) -> str:
+    """A digest of a split: its queries, its galleries and every image's bytes, read on Ray."""
+    uris = sorted(set(split.images.values()))
+    blocks = [pa.table({"uri": uris[i : i + _BATCH]}) for i in range(0, len(uris), _BATCH)]
+    progress = Progress("hash", len(uris), "images")
+    digest_of: dict[str, str] = {}
+    for row in ray.data.from_arrow(blocks).map_batches(_hash_images, batch_size=None).iter_rows():
+        digest_of[str(row["uri"])] = str(row["sha256"])
+        progress.advance(1)
+    whole = hashlib.sha256(repr((split.triplets, sorted(split.galleries.items()))).encode())
+    for image_id, uri in sorted(split.images.items()):
+        whole.update(f"{image_id} {digest_of[uri]}\n".encode())
+    return whole.hexdigest()
+
+
+def evaluate_protocol(
+    settings: Settings,
+    plan: Plan,
+    checkpoint: str,
+    protocol: str,
+    output: str,
+    judged: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate ``checkpoint`` and return the manifest of the committed result.
+
+    ``judged`` is the ``hpfiq.json`` of the "hp-fashioniq" protocol. The result's URI is the
+    manifest's "uri"; submission files lie in it.
+    """
+    pairs: list[JudgedPair] = []
+    if protocol == "hp-fashioniq":
+        if judged is None:
+            raise InputError("--judged: the hp-fashioniq protocol needs the path of hpfiq.json")
+        split, pairs = _load_judged(settings, judged)
+    else:
+        split = _load(settings, protocol)
+    facts = {
+        "protocol": protocol,
+        "checkpoint": checkpoint_digest(checkpoint),
+        "data": content_digest(split),
+        "embed_batch": settings.cluster.embed_batch,
+        "judgements": [pair.preferred for pair in pairs],
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+    uri = storage.join(output, f"{protocol}-{key}")
+    if not storage.is_committed(uri):
+        corpus = frozenset().union(*split.galleries.values())
+        job = EmbedJob(split, corpus, f"{uri}-embeddings")
+        limit = settings.data.max_image_pixels
+        embed_splits(checkpoint, [job], settings.cluster, plan, limit)
+        files: dict[str, Any] = {}
+        if protocol == "hp-fashioniq":
+            result = _judge(job.output, pairs)
+        else:
+            result, files = _measure(settings, protocol, split, job.output, f"{uri}-rankings")
+        for name, value in files.items():
+            storage.write_bytes(storage.join(uri, name), storage.compact_json(value))
+        del facts["judgements"]
+        storage.write_manifest(uri, RESULT_KIND, facts | {"result": result}, list(files))
+        storage.remove(job.output)
+    return storage.read_manifest(uri, RESULT_KIND) | {"uri": uri}
+
+
+def _measure(
+    settings: Settings, protocol: str, split: Split, embeddings: str, scratch: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rank under the protocol; return its figures and its submission files by name."""
+
+    def rank(name: str, galleries: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+        storage.remove(scratch)
+        names = rank_queries(
+            name,
+            split,
+            galleries,
+            embeddings,
+            scratch,
+            memory_mb=settings.mining.memory_mb,
+            top_k=50,
+            drop_reference=protocol.startswith("cirr"),
+        )
+        rows = read_rows(scratch, names)
+        storage.remove(scratch)
+        return rows
+
+    if protocol == "fashioniq":
+        return {
+            gallery: _fashioniq(rank(f"{protocol} {gallery}", galleries_of(split, gallery)))
+            for gallery in ("split", "union")
+        }, {}
+    rows = rank(protocol, split.galleries)
+    measure: dict[str, Callable[..., tuple[dict[str, Any], dict[str, Any]]]] = {
+        "cirr": _cirr,
+        "cirr-test": _cirr_test,
+        "circo": _circo,
+        "circo-test": _circo_test,
+    }
+    return measure[protocol](rows, split)
+
+
+def _ties(rows: Sequence[dict[str, Any]]) -> int:
+    return sum(row["target_ties"] > 0 for row in rows)
+
+
+def _fashioniq(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    ranks: dict[str, list[int]] = {}
+    for row in rows:
+        ranks.setdefault(row["category"], []).append(row["target_rank"])
+    return {"recall": fashioniq_summary(ranks), "queries": len(rows), "tied": _ties(rows)}
+
+
+def _cirr(rows: list[dict[str, Any]], split: Split) -> tuple[dict[str, Any], dict[str, Any]]:
+    summary = cirr_summary(
+        [row["target_rank"] for row in rows],
+        [row["subset_ids"].index(row["target_id"]) for row in rows],
+    )
+    return {"recall": summary, "queries": len(rows), "tied": _ties(rows)}, {}
+
+
+def _cirr_test(rows: list[dict[str, Any]], split: Split) -> tuple[dict[str, Any], dict[str, Any]]:
+    references = {t.query_id: t.reference_id for t in split.triplets}
+    (gallery,) = split.galleries.values()
+    files = {}
+    for metric, column in (("recall", "top_ids"), ("recall_subset", "subset_ids")):
+        value = cirr_submission(metric, {row["query_id"]: row[column] for row in rows})
+        check_cirr_submission(value, list(references), gallery, references)
+        files[f"{metric}.json"] = value
+    return {"queries": len(rows)}, files
+
+
+def _circo(rows: list[dict[str, Any]], split: Split) -> tuple[dict[str, Any], dict[str, Any]]:
+    summary = circo_summary(
+        {row["query_id"]: row["top_ids"] for row in rows},
+        {t.query_id: t.relevant_ids for t in split.triplets},
+        {t.query_id: str(t.target_id) for t in split.triplets},
+    )
+    return {"map": summary, "queries": len(rows), "tied": _ties(rows)}, {}
+
+
+def _circo_test(rows: list[dict[str, Any]], split: Split) -> tuple[dict[str, Any], dict[str, Any]]:
+    (gallery,) = split.galleries.values()
+    value = circo_submission({row["query_id"]: row["top_ids"] for row in rows})
+    check_circo_submission(value, [t.query_id for t in split.triplets], gallery)
+    return {"queries": len(rows)}, {"submission.json": value}
+
+
+def _judge(embeddings: str, pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+    """Mean relevance of both sets of every judged pair, and how people preferred them."""
+    shards = EmbeddingShards.open(embeddings)
+    images: dict[str, np.ndarray] = {}
+    queries: dict[str, np.ndarray] = {}
+    for number in range(shards.shards):
+        ids, image_MTD = shards.images(number)
+        images |= dict(zip(ids, image_MTD, strict=True))
+        ids, query_QD = shards.queries(number)
+        queries |= dict(zip(ids, query_QD, strict=True))
+
+    def mean_relevance(number: int, names: Sequence[str]) -> float:
+        query_D = torch.from_numpy(queries[f"{number:06d}"])
+        image_MTD = torch.from_numpy(np.stack([images[name] for name in names]))
+        return float((image_MTD @ query_D).amax(dim=1).mean())
+
+    score1, score2 = (
+        np.asarray([mean_relevance(number, sets) for number, sets in enumerate(column)])
+        for column in ([pair.set1 for pair in pairs], [pair.set2 for pair in pairs])
+    )
+    return preference_summary(
+        score1,
+        score2,
+        np.asarray([pair.preferred for pair in pairs]),
+        [pair.participant for pair in pairs],
+    )

@@ -1,0 +1,58 @@
+"""Convert weights to a directory that `from_pretrained` reads.
+
+    python -m qure_core.model.convert model.pth TARGET --tokenizer bert-base-uncased
+    python -m qure_core.model.convert blip2_pretrain.pth TARGET --clip DIR --blip2 DIR ...
+
+SOURCE is a LAVIS-named checkpoint. ``--clip`` fills a ViT-L encoder from a Hugging Face CLIP
+ViT-L/14 directory, ``--blip2`` the Q-Former from a Hugging Face BLIP-2 image-text-retrieval one.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from qure_core import storage
+from qure_core.errors import run_main
+from qure_core.model.lavis import load_lavis_checkpoint
+from qure_core.model.pretrained import fill_qformer, fill_vision_encoder, load_tokenizer
+from qure_core.model.processing import QuReProcessor
+from qure_core.training.checkpoints import save_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m qure_core.model.convert", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("source", help="LAVIS-named checkpoint (.pth)")
+    parser.add_argument("target", help="directory to write: a path or URI")
+    parser.add_argument(
+        "--tokenizer",
+        default="bert-base-uncased",
+        help="BERT tokenizer as a directory or a hub id (default: %(default)s)",
+    )
+    parser.add_argument("--vision-heads", type=int, help="attention heads (default: width / 64)")
+    parser.add_argument("--qformer-heads", type=int, help="attention heads (default: width / 64)")
+    parser.add_argument("--clip", help="Hugging Face CLIP directory or hub id for the encoder")
+    parser.add_argument("--blip2", help="Hugging Face BLIP-2 directory or hub id for the Q-Former")
+    chosen = parser.parse_args()
+    model = load_lavis_checkpoint(
+        chosen.source, vision_heads=chosen.vision_heads, qformer_heads=chosen.qformer_heads
+    )
+    if chosen.clip:
+        fill_vision_encoder(model, chosen.clip)
+    if chosen.blip2:
+        fill_qformer(model, chosen.blip2)
+    processor = QuReProcessor(
+        load_tokenizer(chosen.tokenizer),
+        model.config.vision["image_size"],
+        model.config.max_text_tokens,
+    )
+    target = storage.resolve(chosen.target)
+    facts = {"stage": "train", "epoch": 0, "origin": str(chosen.source)}
+    save_checkpoint(target, model, processor, facts)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"converted {count:,} parameters: {target}", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
