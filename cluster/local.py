@@ -42,6 +42,7 @@ def _environment() -> dict[str, str]:
     """This environment with token authentication on and this Python's scripts first on PATH."""
     environment = dict(os.environ)
     scripts = str(Path(sys.executable).parent)
+    environment.pop("RAY_ADDRESS", None)  # the address is always passed explicitly
     environment["PATH"] = os.pathsep.join([scripts, environment.get("PATH", "")])
     environment.setdefault("RAY_AUTH_MODE", "token")
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")

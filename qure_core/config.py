@@ -287,15 +287,22 @@ def load_settings(
     as the second value. Raises `InputError` listing everything that is wrong.
     """
     own = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, parents=[extra] if extra else []
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--SECTION.FIELD VALUE ...] (--help lists all)",
+        add_help=False,
+        allow_abbrev=False,
+        parents=[extra] if extra else [],
     )
     own.add_argument("--config", metavar="FILE", help="YAML settings; options override its values")
-    help_parser = argparse.ArgumentParser(
-        prog=prog, description=description, parents=[own], allow_abbrev=False
-    )
+    if {"-h", "--help"} & set(arguments):
+        # One parser of everything, for its text: it exits.
+        everything = argparse.ArgumentParser(prog=prog, description=description, parents=[own])
+        CliSettingsSource(Settings, root_parser=everything, cli_parse_args=["--help"])
     namespace, rest = own.parse_known_args(list(arguments))
     source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
-        Settings, root_parser=help_parser, cli_parse_args=rest
+        Settings,
+        root_parser=argparse.ArgumentParser(prog=prog, allow_abbrev=False),
+        cli_parse_args=rest,
     )
     from_command_line = source()
     unknown = from_command_line.pop("unknown_arguments", [])

@@ -163,6 +163,8 @@ def _mined_examples(
     curves = read_curves(mined)
     examples = []
     for query in example_queries(train, settings.report.examples, settings.run.seed):
+        if query.query_id not in curves:
+            continue  # mined when report.examples was smaller
         chosen = negatives[query.query_id]
         examples.append(
             {

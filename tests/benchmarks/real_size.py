@@ -52,9 +52,8 @@ def main() -> None:
     ):
         print(f"{name:<28} {(end - start) / IMAGES * 1000:8.1f} ms an image")
     ratio = peak_gb() / (weights * 4 / 2**30)
-    print(
-        f"peak memory {peak_gb():.2f} GB, {ratio:.2f} x the weights; {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"peak memory {peak_gb():.2f} GB, {ratio:.2f} x the weights; {threads} threads")
 
 
 if __name__ == "__main__":

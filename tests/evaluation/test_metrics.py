@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import GOLDENS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision, recall_at
@@ -16,6 +16,7 @@ GOLDEN = json.loads((GOLDENS / "metrics.json").read_text())
 ARRAYS = np.load(GOLDENS / "metrics.npz")
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 100), min_size=1), st.integers(1, 60))
 def test_recall_by_counting(ranks: list[int], k: int) -> None:
     assert recall_at(ranks, k) == pytest.approx(100 * sum(r < k for r in ranks) / len(ranks))

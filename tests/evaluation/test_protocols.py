@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import GOLDENS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qure_core.errors import InputError
@@ -142,6 +142,7 @@ def test_circo_map_is_the_released_programs(case: str, annotations: Path) -> Non
         circo_summary(predictions, relevant, targets)
 
 
+@settings(deadline=None)
 @given(st.permutations(range(12)), st.integers(1, 12), st.integers(1, 12))
 def test_average_precision_by_hand(order: list[int], relevant: int, k: int) -> None:
     names = [str(i) for i in order]

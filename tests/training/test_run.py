@@ -157,7 +157,20 @@ def test_two_workers_train_the_same_model(
         kill_when(run_dir / "checkpoints/train-0001/manifest.json", command)
         weights_of.append(weights(run_dir, 1))
     for name, value in weights_of[0].items():
-        torch.testing.assert_close(weights_of[1][name], value, rtol=1e-3, atol=2e-5, msg=name)
+        difference = (weights_of[1][name] - value).abs().flatten()
+        # AdamW divides a gradient by its own size, so where it is rounding noise, so is the
+        # step: all of it for the biases of attention keys, which change no attention.
+        assert difference.max() <= 5 * 1e-3, name
+        if not name.endswith("key.bias"):
+            assert difference.quantile(0.99) <= 1e-5, name
+    one, two = (
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / f"workers{w}/metrics/train-0001.jsonl").read_text().splitlines()
+        ]
+        for w in (1, 2)
+    )
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_a_changed_setting_is_refused_on_resume(

@@ -201,3 +201,25 @@ def test_a_failing_batch_is_not_swallowed() -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         list(prefetched([lambda: 1, fail, lambda: 2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("auto", None), ("fp32", None), ("bf16", torch.bfloat16)]
+)
+def test_precision_follows_the_device(name: str, expected: torch.dtype | None) -> None:
+    from qure_core.training.loop import _precision
+
+    assert _precision(name, torch.device("cpu")) == expected
+
+
+def test_bf16_autocast_step_is_close_to_fp32(
+    parts: tuple[list[Triplet], dict[str, tuple[str, ...]], ImageLoader, QuReModel],
+) -> None:
+    model = parts[3].eval()
+    batch = epoch_batches(parts, 0, 1)[0]
+    with torch.no_grad():
+        exact = model(**batch.inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(**batch.inputs)
+    assert not torch.equal(rounded.float(), exact)
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.3)
