@@ -17,7 +17,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,15 +26,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from qure_core.network import free_port
+
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 START_SECONDS = 90
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _environment() -> dict[str, str]:
@@ -52,10 +47,10 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _answers(address: str) -> bool:
-    """Whether a Ray job server is there; one that asks for a token is."""
+def _answers(address: str, path: str = "/api/version") -> bool:
+    """Whether a Ray server (by default the job server) is there; one that asks for a token is."""
     try:
-        with urllib.request.urlopen(f"{address}/api/version", timeout=5):
+        with urllib.request.urlopen(f"{address}{path}", timeout=5):
             return True
     except urllib.error.HTTPError as error:
         return error.code in (401, 403)
@@ -72,10 +67,11 @@ def _die_with_parent() -> None:
 @contextlib.contextmanager
 def local_head(environment: dict[str, str]) -> Iterator[str]:
     """Start a head on free ports of the loopback interface; yield its address; stop it."""
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     command = ["ray", "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
     command += ["--port", str(port), "--dashboard-host", "127.0.0.1"]
     command += ["--dashboard-port", str(dashboard), "--include-dashboard", "true"]
+    command += ["--dashboard-agent-listen-port", str(agent)]
     head = subprocess.Popen(
         command,
         env=environment,
@@ -87,7 +83,10 @@ def local_head(environment: dict[str, str]) -> Iterator[str]:
     address = f"http://127.0.0.1:{dashboard}"
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _answers(address):
+        # The job server hands jobs to the node's agent, which comes up after it.
+        while not (
+            _answers(address) and _answers(f"http://127.0.0.1:{agent}", "/api/local_raylet_healthz")
+        ):
             if head.poll() is not None or time.monotonic() > deadline:
                 head.terminate()
                 output = head.communicate(timeout=30)[0].decode(errors="replace")

@@ -24,6 +24,7 @@ from qure_core.config import ClusterSettings
 from qure_core.data.images import load_image
 from qure_core.data.schema import Split, Triplet
 from qure_core.embedding_shards import CHECKPOINT_KIND, EMBEDDINGS_KIND, checkpoint_digest
+from qure_core.errors import InputError
 from qure_core.progress import Progress
 from qure_core.resources import Plan
 
@@ -51,10 +52,19 @@ class _Embedder:
     def _pixels(self, uri: str) -> np.ndarray:
         return self.processor.image_bytes(load_image(uri, self.max_pixels))
 
-    @torch.inference_mode()
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         assert len(rows["shard"]) == 1, "one shard a call"
         shard = {key: value[0] for key, value in rows.items()}
+        try:
+            result = self._embed(shard) | {"fault": ""}
+        except InputError as error:
+            # As data: an exception would reach the driver as Ray's own, its cause as text.
+            counts = dict.fromkeys(("images", "queries", "tokens", "width"), 0)
+            result = {"output": str(shard["output"]), **counts, "fault": str(error)}
+        return {name: np.asarray([value]) for name, value in result.items()}
+
+    @torch.inference_mode()
+    def _embed(self, shard: dict[str, Any]) -> dict[str, Any]:
         image_ids, uris, wanted = list(shard["image_id"]), list(shard["uri"]), shard["in_corpus"]
         queries_of: dict[str, list[tuple[str, str]]] = {}
         for query_id, reference, text in zip(
@@ -112,11 +122,11 @@ class _Embedder:
             _concatenate(query_parts, (config.embed_dim,)),
         )
         return {
-            "output": np.asarray([output]),
-            "images": np.asarray([len(image_ids)]),
-            "queries": np.asarray([len(query_ids)]),
-            "tokens": np.asarray([config.query_tokens]),
-            "width": np.asarray([config.embed_dim]),
+            "output": output,
+            "images": len(image_ids),
+            "queries": len(query_ids),
+            "tokens": config.query_tokens,
+            "width": config.embed_dim,
         }
 
     def _decode(self, uris: Sequence[str], start: int) -> Iterator[np.ndarray]:
@@ -245,6 +255,8 @@ def embed_splits(
     )
     made: dict[str, list[dict[str, Any]]] = {output: [] for output in shards_of}
     for row in results:
+        if row["fault"]:
+            raise InputError(str(row["fault"]))
         made[str(row["output"])].append(row)
         progress.advance(int(row["images"]))
     for output, shard_rows in made.items():

@@ -11,12 +11,15 @@ import ray.data
 
 from qure_core.config import ClusterSettings
 from qure_core.errors import InputError
+from qure_core.network import free_port
 
 
 def connect() -> None:
     """Join the cluster of ``RAY_ADDRESS`` or of the submitted job; else start Ray in-process."""
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING)
+        # A dashboard port of its own: on the usual one, a short-lived in-process Ray would pass
+        # for a cluster that jobs can be submitted to.
+        ray.init(logging_level=logging.WARNING, dashboard_port=free_port())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stages print their own
     logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -65,5 +65,6 @@ def _input_error(error: BaseException) -> str | None:
         while link is not None:
             if isinstance(link, InputError):
                 return str(link)
-            link = link.__cause__ or link.__context__
+            # Ray carries a worker's exception in an attribute, not as __cause__.
+            link = getattr(link, "_base_exc", None) or link.__cause__ or link.__context__
     return None

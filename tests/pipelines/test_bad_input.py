@@ -82,3 +82,21 @@ def test_a_damaged_image_met_on_the_way_is_named(
     assert "1 problem(s)" in found.stdout
     message = refused(run_pipeline, tmp_path, *data, "--pretrain.epochs=0")
     assert f"{image}: cannot be decoded as an image" in message
+
+
+@pytest.mark.timeout(400)
+def test_a_damaged_image_met_in_training_is_named(
+    run_pipeline: Runner, broken: Path, tmp_path: Path
+) -> None:
+    rows = json.loads((broken / "captions/cap.coat.train.json").read_text())
+    image = broken / f"images/{rows[0]['target']}.png"
+    image.write_bytes(image.read_bytes()[:200])
+    message = refused(
+        run_pipeline,
+        tmp_path,
+        "--data.format=fashioniq",
+        f"--data.root={broken}",
+        "--pretrain.epochs=0",
+        "--cluster.max_failures=0",
+    )
+    assert f"{image}: cannot be decoded as an image" in message
