@@ -8,6 +8,7 @@ that made it, as Arrow IPC files that are read by memory map.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -234,6 +235,7 @@ def embed_splits(
         rows += own
     if not rows:
         return
+    started = time.monotonic()
     names = " and ".join(job.split.name for job in jobs if job.output in shards_of)
     progress = Progress(f"embed {names}", sum(len(row["image_id"][0]) for row in rows), "images")
     results = (
@@ -271,5 +273,6 @@ def embed_splits(
             "tokens": int(shard_rows[0]["tokens"]),
             "width": int(shard_rows[0]["width"]),
             "shards": shards_of[output],
+            "seconds": round(time.monotonic() - started, 3),  # of the whole pass
         }
         storage.write_manifest(output, EMBEDDINGS_KIND, description, files)

@@ -19,7 +19,7 @@ from qure_core import storage
 from qure_core.config import Settings
 from qure_core.data.schema import Split
 from qure_core.embedding import EmbedJob, embed_splits
-from qure_core.embedding_shards import EmbeddingShards, checkpoint_digest
+from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards, checkpoint_digest
 from qure_core.errors import InputError
 from qure_core.mining.mined_set import MINED_KIND, MINED_SCHEMA, SCHEMA_VERSION
 from qure_core.mining.steep_drops import STATUSES, SteepDrops, steep_drop_negatives
@@ -64,7 +64,6 @@ def mine_round(
             return manifest
     check_corpora(split, corpora)
     storage.remove(output)
-    started = time.monotonic()
     job = mining_job(split, corpora, output)
     embeddings_uri = job.output
     embed_splits(
@@ -75,6 +74,8 @@ def mine_round(
         settings.data.max_image_pixels,
         settings.mining.corpus_shards,
     )
+    # The pass may have been made, for this and other stages together, before this call.
+    embed_seconds = storage.read_manifest(embeddings_uri, EMBEDDINGS_KIND)["seconds"]
     embedded = time.monotonic()
     blocks = make_blocks(
         split.triplets, corpora, settings.mining.memory_mb, settings.mining.query_block
@@ -93,7 +94,7 @@ def mine_round(
     )
     mined = time.monotonic()
     seconds = {
-        "embed": round(embedded - started, 3),
+        "embed": embed_seconds,
         "score": round(sum(float(row["score_seconds"]) for row in rows), 3),
         "sort and cut": round(sum(float(row["cut_seconds"]) for row in rows), 3),
         "write": round(sum(float(row["write_seconds"]) for row in rows), 3),
