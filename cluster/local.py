@@ -118,8 +118,10 @@ def submit(address: str, environment: dict[str, str], command: list[str]) -> int
     except KeyboardInterrupt:
         print("\nstopping the job ...", flush=True)
         stop = ["ray", "job", "stop", "--address", address, job]
-        subprocess.run(stop, env=environment, check=False, timeout=60)
-        follower.wait(timeout=60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(stop, env=environment, check=False, timeout=60)
+            follower.wait(timeout=20)
+        follower.kill()
         return 130
 
 
