@@ -16,6 +16,7 @@ import ctypes
 import json
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -118,9 +119,10 @@ def submit(address: str, environment: dict[str, str], command: list[str]) -> int
     except KeyboardInterrupt:
         print("\nstopping the job ...", flush=True)
         stop = ["ray", "job", "stop", "--address", address, job]
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             subprocess.run(stop, env=environment, check=False, timeout=60)
-            follower.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            print(f"the job did not stop within 60 s; repeat: {shlex.join(stop)}", flush=True)
         follower.kill()
         return 130
 

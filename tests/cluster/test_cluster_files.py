@@ -82,7 +82,7 @@ def test_a_job_runs_on_a_head_that_does_not_outlive_it(tmp_path: Path) -> None:
     assert "starting a local Ray head" in output
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(400)
 def test_interrupt_stops_the_job_and_the_head(tmp_path: Path) -> None:
     heads = processes_with("gcs_server")
     marker = tmp_path / "running"
@@ -94,7 +94,7 @@ def test_interrupt_stops_the_job_and_the_head(tmp_path: Path) -> None:
         assert job.poll() is None
         time.sleep(0.2)
     os.killpg(job.pid, signal.SIGINT)
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=200)
     assert "stopping the job" in output, output
     assert job.returncode == 130
     wait_until_gone(str(marker), set())
