@@ -33,6 +33,7 @@ def test_cirr_and_circo_texts(row: dict[str, str]) -> None:
 
 def test_preprocessing_is_bit_equal_to_the_released_program() -> None:
     golden = np.load(GOLDENS / "preprocess.npz")
+    levels = values = 0.0
     for k, codes in enumerate(golden["out_codes"]):
         if f"png_{k:02d}" in golden.files:
             image = Image.open(io.BytesIO(golden[f"png_{k:02d}"].tobytes()))
@@ -41,8 +42,10 @@ def test_preprocessing_is_bit_equal_to_the_released_program() -> None:
             image = Image.frombytes("CMYK", (raw.shape[1], raw.shape[0]), raw.tobytes())
         pixels = preprocess_to_bytes(image, 224)
         expected = np.stack([golden["out_lut"][c][codes[c]] for c in range(3)])
-        np.testing.assert_array_equal(pixels, codes)
-        np.testing.assert_array_equal(normalise(pixels[None])[0], expected)
+        levels = max(levels, float(np.abs(pixels.astype(int) - codes).max()))
+        values = max(values, float(np.abs(normalise(pixels[None])[0] - expected).max()))
+    print(f"preprocess: largest difference {levels:g} levels, {values:g} after normalisation")
+    assert levels == values == 0
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "I;16"])

@@ -42,7 +42,7 @@ def test_golden_sets(name: str, case: str) -> None:
     golden = {k.split("__")[1]: archive[k] for k in archive.files if k.split("__")[0] == case}
     fashioniq = "fashioniq" in name
     names = golden["target_id"] if fashioniq else np.arange(golden["scores"].shape[1])
-    compared = 0
+    compared = different = 0
     for queries, columns in pools(golden, fashioniq):
         pool = names[columns]
         targets = golden["target_id"][queries]
@@ -63,11 +63,13 @@ def test_golden_sets(name: str, case: str) -> None:
             assert status == "steep"
             expected = golden["iso_set_ids"][query]
             chosen = set(pool[drops.negatives(row)].tolist()) - {int(targets[row])}
-            assert chosen == set(expected[expected >= 0].tolist())
+            different += chosen != set(expected[expected >= 0].tolist())
             if not (golden["has_score_ties"][query] or golden["has_diff_ties"][query]):
                 assert drops.target_rank_Q[row] == golden["target_rank"][query]
                 assert drops.upper_Q[row] == golden["iso_start"][query]
                 assert drops.lower_Q[row] == golden["iso_end"][query]
+    print(f"{name} {case}: {different} of {compared} sets differ")
+    assert different == 0
     assert compared or bool(golden["tie_sensitive"].all())
 
 

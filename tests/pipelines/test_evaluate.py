@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,8 @@ from qure_core.evaluation.protocols import (
 )
 from qure_core.model import QuReConfig, QuReModel, QuReProcessor, learn_tokenizer
 from qure_core.training.checkpoints import save_checkpoint
+
+IMAGE_PATH = r'/-/image_data/[^"]+'
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,73 @@ def test_cirr_test_submissions(
         for pair, names in submission.items()
         if pair in members
     )
+
+
+@pytest.fixture(scope="module")
+def fashioniq(annotations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FashionIQ's real val files and HP-FashionIQ's images in one folder, as users have them."""
+    root = tmp_path_factory.mktemp("fashioniq")
+    names: set[str] = set()
+    for folder in ("captions", "image_splits"):
+        (root / folder).mkdir()
+        for file in (annotations / "fashioniq" / folder).glob("*.val.json"):
+            shutil.copy(file, root / folder)
+            if folder == "image_splits":
+                names |= set(json.loads(file.read_text()))
+    judged = json.loads((annotations / "hp_fashioniq/hpfiq.json").read_text())
+    for user in judged.values():
+        for questions in user.values():
+            names |= {Path(path).stem for path in re.findall(IMAGE_PATH, json.dumps(questions))}
+    make_images(root / f"images/{name}.png" for name in sorted(names))
+    return root
+
+
+@pytest.mark.timeout(500)
+def test_fashioniq_val_over_both_galleries(
+    run_pipeline: Runner, checkpoint: Path, fashioniq: Path, tmp_path: Path
+) -> None:
+    value, output = evaluate(
+        run_pipeline, checkpoint, tmp_path, "fashioniq", f"--data.root={fashioniq}"
+    )
+    result = value["result"]
+    assert isinstance(result, dict)
+    assert set(result) == {"split", "union"}
+    for gallery, part in result.items():
+        assert part["queries"] == 6016
+        assert f"gallery: {gallery}" in output
+        assert f"[rank fashioniq {gallery}] 6,016/6,016 queries" in output
+        recall = part["recall"]
+        assert set(recall) == {"dress", "shirt", "toptee", "average"}
+        assert 0 < recall["average"]["R@10"] < recall["average"]["R@50"] < 20
+    # The union of references and targets is the smaller gallery, so the easier one.
+    split, union = (result[name]["recall"]["average"]["R@50"] for name in ("split", "union"))
+    assert split < union
+    assert "15,415 images" in output
+    assert "QuRe (published)" in output
+
+
+@pytest.mark.timeout(500)
+def test_hp_fashioniq(
+    run_pipeline: Runner, checkpoint: Path, fashioniq: Path, annotations: Path, tmp_path: Path
+) -> None:
+    judged = annotations / "hp_fashioniq/hpfiq.json"
+    value, output = evaluate(
+        run_pipeline,
+        checkpoint,
+        tmp_path,
+        "hp-fashioniq",
+        f"--data.root={fashioniq}",
+        f"--judged={judged}",
+    )
+    result = value["result"]
+    assert isinstance(result, dict)
+    assert result["participants"] == 61
+    assert result["symmetric"]["pairs"] + result["ties"] == 3050
+    for part in (result["ratio"], result["symmetric"]):
+        low, high = part["interval_95"]
+        # A model that knows nothing agrees with people about half of the time.
+        assert 0.4 < low < part["value"] < high < 0.6
+    assert "intervals resample 61 participants" in output
 
 
 @pytest.fixture(scope="module")
