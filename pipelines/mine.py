@@ -1,9 +1,12 @@
-"""Mine the hard negatives of one checkpoint, alone.
+"""Mine the hard negatives of one checkpoint, alone, or look at a mined set.
 
     python pipelines/mine.py --config CONFIG --checkpoint RUN/checkpoints/train-0009
+    python pipelines/mine.py --config CONFIG --run.dir RUN --if-newer      # for a scheduler
+    python pipelines/mine.py inspect RUN/rounds/epoch-0009 [--query ID]
 
 The mined set goes to ``--output``; by default, to the round of the checkpoint's epoch in
-``run.dir``.
+``run.dir``. Exit status: 0 done, or nothing to do; 2 bad input; 75 another process is mining there;
+1 anything else. A round that was killed is finished by the same command.
 """
 
 from __future__ import annotations
@@ -12,41 +15,90 @@ import argparse
 import sys
 
 from qure_core import storage
-from qure_core.config import load_settings
+from qure_core.config import Settings, load_settings
 from qure_core.data import load_split, mining_galleries
 from qure_core.embedding_shards import CHECKPOINT_KIND
-from qure_core.errors import run_main
-from qure_core.mining.stage import mine_round, round_table
-from qure_core.report.build import example_queries
+from qure_core.errors import InputError, run_main
+from qure_core.lease import hold
+from qure_core.mining.mined_set import MINED_KIND
+from qure_core.mining.stage import mine_round, round_facts, round_table
 from qure_core.resources import connect, plan_resources
+from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
 from qure_core.training.layout import round_uri
 
 
-def main() -> None:
+def newest_checkpoint(settings: Settings) -> str:
+    """The newest checkpoint of the run."""
+    epoch = latest_epoch(settings.run.dir, "train")
+    if epoch is None:
+        raise InputError(
+            f"run.dir: {settings.run.dir} has no training checkpoint; give --checkpoint, or the "
+            "directory of a run that has begun to train"
+        )
+    return checkpoint_uri(settings.run.dir, "train", epoch)
+
+
+def mine(arguments: list[str]) -> None:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--checkpoint", required=True, help="checkpoint directory: a path or URI")
-    options.add_argument("--output", help="where the mined set goes (default: run.dir's rounds)")
-    settings, chosen = load_settings(
-        sys.argv[1:], "pipelines/mine.py", "Mine hard negatives with one checkpoint.", options
+    options.add_argument(
+        "--checkpoint", help="checkpoint directory: a path or URI (default: run.dir's newest)"
     )
-    checkpoint = storage.resolve(chosen.checkpoint)
+    options.add_argument("--output", help="where the mined set goes (default: run.dir's rounds)")
+    options.add_argument(
+        "--if-newer", action="store_true", help="do nothing if this checkpoint is already mined"
+    )
+    settings, chosen = load_settings(
+        arguments, "pipelines/mine.py", "Mine hard negatives with one checkpoint.", options
+    )
+    checkpoint = (
+        storage.resolve(chosen.checkpoint) if chosen.checkpoint else newest_checkpoint(settings)
+    )
     epoch = int(storage.read_manifest(checkpoint, CHECKPOINT_KIND)["epoch"])
     output = storage.resolve(chosen.output) if chosen.output else round_uri(settings.run.dir, epoch)
-    storage.check_writable(output.rsplit("/", 1)[0], "output" if chosen.output else "run.dir")
+    folder = output.rsplit("/", 1)[0]
+    storage.check_writable(folder, "output" if chosen.output else "run.dir")
     split = load_split(settings.data, "train")
-    connect()
-    manifest = mine_round(
-        settings,
-        plan_resources(settings.cluster),
-        checkpoint,
-        split,
-        mining_galleries(settings.data, split),
-        output,
-        epoch,
-        {t.query_id for t in example_queries(split, settings.report.examples, settings.run.seed)},
-    )
+    corpora = mining_galleries(settings.data, split)
+    facts = round_facts(settings, checkpoint, split, corpora, epoch)
+    if chosen.if_newer and storage.kept(output, MINED_KIND, facts):
+        print(f"nothing to do: {checkpoint} is mined already\nmined set: {output}", flush=True)
+        return
+    with hold(folder, "mining"):
+        connect()
+        plan = plan_resources(settings.cluster)
+        manifest = mine_round(settings, plan, checkpoint, split, corpora, output, epoch)
     print(round_table(manifest))
     print(f"mined set: {output}", flush=True)
+
+
+def inspect(arguments: list[str]) -> None:
+    # matplotlib is needed here alone.
+    from qure_core.report.inspect import describe_query, describe_round, draw_query
+
+    parser = argparse.ArgumentParser(
+        prog="pipelines/mine.py inspect", description="Show what a mining round found."
+    )
+    parser.add_argument("round", help="a mined set's directory: a path or URI")
+    parser.add_argument("--query", help="also show this query: its drops, curve and negatives")
+    parser.add_argument(
+        "--picture", help="where the curve's PNG goes (default: QUERY.png in this directory)"
+    )
+    parser.add_argument("--top", type=int, default=20, help="negatives listed (default: 20)")
+    chosen = parser.parse_args(arguments)
+    uri = storage.resolve(chosen.round)
+    print(describe_round(uri))
+    if chosen.query:
+        print(describe_query(uri, chosen.query, chosen.top))
+        picture = storage.resolve(chosen.picture or f"{chosen.query.replace('/', '_')}.png")
+        draw_query(uri, chosen.query, picture)
+        print(f"curve: {picture}", flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["inspect"]:
+        inspect(sys.argv[2:])
+    else:
+        mine(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -140,6 +140,45 @@ class MiningSettings(_Section):
     exclude_reference: bool = Field(
         True, description="drop a query's reference image from its corpus before mining"
     )
+    window_ranks: int | None = Field(
+        None,
+        ge=4,
+        description="seek drops among so many images below the target (default: all, as released)",
+    )
+    window_quantile: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="seek drops in this share of the images below the target (default: all)",
+    )
+    min_steepness: float | None = Field(
+        None,
+        gt=0,
+        description="below this ratio of both drops to the typical gap beside them a query takes "
+        "the named fallback 'smooth': all images below the target, within the window "
+        "(default: any drop will do)",
+    )
+    max_negatives: int | None = Field(
+        None,
+        ge=1,
+        description="keep at most so many of a query's negatives, a uniform sample (default: all)",
+    )
+    engine: Literal["auto", "sort", "streaming"] = Field(
+        "auto",
+        description="sort ranks a corpus in one task, streaming in parts; the sets are the same "
+        "(auto: streaming from 100,000 images)",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of the scores' products; below fp32 the round reports how many of a sample "
+        "of queries have other drops than in fp32",
+    )
+    stored: Literal["fp32", "fp16"] = Field(
+        "fp32", description="of the images' embeddings on disk; fp16 halves what is read"
+    )
+    corpus_range: int | None = Field(
+        None, ge=1, description="images that one streaming task summarises (default: 262,144)"
+    )
     corpus_shards: int | None = Field(
         None, ge=1, description="files the embeddings are split into (default: by size)"
     )

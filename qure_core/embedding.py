@@ -8,6 +8,7 @@ that made it, as Arrow IPC files that are read by memory map.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from qure_core.progress import Progress
 from qure_core.resources import Plan
 
 IMAGES_PER_SHARD = 2048
+SHAPES = "shapes.json"  # of one embedding, the same from every shard
 
 
 class _Embedder:
@@ -60,8 +62,7 @@ class _Embedder:
             result = self._embed(shard) | {"fault": ""}
         except InputError as error:
             # As data: an exception would reach the driver as Ray's own, its cause as text.
-            counts = dict.fromkeys(("images", "queries", "tokens", "width"), 0)
-            result = {"output": str(shard["output"]), **counts, "fault": str(error)}
+            result = {"images": 0, "fault": str(error)}
         return {name: np.asarray([value]) for name, value in result.items()}
 
     @torch.inference_mode()
@@ -110,32 +111,24 @@ class _Embedder:
 
         config = self.model.config
         number, output = int(shard["shard"]), str(shard["output"])
-        _write(
-            output,
-            f"images-{number:05d}.arrow",
-            kept_ids,
-            _concatenate(image_parts, (config.query_tokens, config.embed_dim)),
+        images = _concatenate(image_parts, (config.query_tokens, config.embed_dim))
+        vectors = _concatenate(query_parts, (config.embed_dim,))
+        write_shard(
+            output, f"images-{number:05d}.arrow", kept_ids, images.astype(str(shard["dtype"]))
         )
-        _write(
-            output,
-            f"queries-{number:05d}.arrow",
-            query_ids,
-            _concatenate(query_parts, (config.embed_dim,)),
-        )
-        return {
-            "output": output,
-            "images": len(image_ids),
-            "queries": len(query_ids),
-            "tokens": config.query_tokens,
-            "width": config.embed_dim,
-        }
+        shapes = {"tokens": config.query_tokens, "width": config.embed_dim}
+        storage.write_json(storage.join(output, SHAPES), shapes)
+        # Last: a shard is done when its queries are there.
+        write_shard(output, f"queries-{number:05d}.arrow", query_ids, vectors)
+        return {"images": len(image_ids)}
 
     def _decode(self, uris: Sequence[str], start: int) -> Iterator[np.ndarray]:
         return self.pool.map(self._pixels, [str(u) for u in uris[start : start + self.batch]])
 
 
-def _write(output: str, name: str, ids: list[str], values: np.ndarray) -> None:
-    flat = pa.array(values.reshape(-1), pa.float32())
+def write_shard(output: str, name: str, ids: list[str], values: np.ndarray) -> None:
+    """Write ids and their embeddings [n, ...] as one Arrow IPC file, to be read by memory map."""
+    flat = pa.array(values.reshape(-1))
     width = int(np.prod(values.shape[1:]))
     table = pa.table({"id": ids, "embedding": pa.FixedSizeListArray.from_arrays(flat, width)})
     sink = pa.BufferOutputStream()
@@ -166,6 +159,7 @@ def _shards(job: EmbedJob, batch: int, shards: int | None) -> list[dict[str, lis
             {
                 "output": [job.output],
                 "shard": [number],
+                "dtype": [job.dtype],
                 "image_id": [ids],
                 "uri": [[split.images[image_id] for image_id in ids]],
                 "in_corpus": [[image_id in corpus for image_id in ids]],
@@ -181,6 +175,7 @@ _SHARD_SCHEMA = pa.schema(
     [
         ("output", pa.string()),
         ("shard", pa.int64()),
+        ("dtype", pa.string()),
         ("image_id", pa.list_(pa.string())),
         ("uri", pa.list_(pa.string())),
         ("in_corpus", pa.list_(pa.bool_())),
@@ -193,11 +188,22 @@ _SHARD_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """What to embed, and where to: ``corpus`` and every query of ``split``."""
+    """What to embed, and where to: ``corpus`` and every query of ``split``.
+
+    ``dtype`` is what the images' embeddings are stored in; queries are always float32.
+    """
 
     split: Split
     corpus: frozenset[str]
     output: str
+    dtype: str = "float32"
+
+    def digest(self) -> str:
+        """A digest of what is embedded, by name."""
+        whole = hashlib.sha256(
+            repr((self.split.triplets, sorted(self.corpus), self.dtype)).encode()
+        )
+        return whole.hexdigest()[:16]
 
 
 def embed_splits(
@@ -217,29 +223,47 @@ def embed_splits(
         job.output: {
             "checkpoint": digest,
             "split": job.split.name,
-            "corpus_images": len(job.corpus),
+            "inputs": job.digest(),
             "batch": cluster.embed_batch,
         }
         for job in jobs
     }
     rows: list[dict[str, list[Any]]] = []
-    shards_of: dict[str, int] = {}
+    shards_of: dict[str, list[str]] = {}
     for job in jobs:
-        if storage.is_committed(job.output):
-            manifest = storage.read_manifest(job.output, EMBEDDINGS_KIND)
-            if all(manifest[name] == value for name, value in keys[job.output].items()):
-                continue
-        storage.remove(job.output)
+        if storage.kept(job.output, EMBEDDINGS_KIND, keys[job.output]):
+            continue
         own = _shards(job, cluster.embed_batch, shards)
-        shards_of[job.output] = len(own)
-        rows += own
-    if not rows:
+        done = storage.resume(job.output, keys[job.output] | {"shards": len(own)})
+        shards_of[job.output] = [row["image_id"][0][0] for row in own]
+        rows += [row for row in own if f"queries-{row['shard'][0]:05d}.arrow" not in done]
+    if not shards_of:
         return
     started = time.monotonic()
     names = " and ".join(job.split.name for job in jobs if job.output in shards_of)
     progress = Progress(f"embed {names}", sum(len(row["image_id"][0]) for row in rows), "images")
-    results = (
-        ray.data.from_arrow([pa.table(row, schema=_SHARD_SCHEMA) for row in rows])
+    results: Any = []
+    if rows:
+        results = _embed_rows(checkpoint, rows, cluster, plan, max_pixels)
+    for row in results:
+        if row["fault"]:
+            raise InputError(str(row["fault"]))
+        progress.advance(int(row["images"]))
+    for job in jobs:
+        if job.output in shards_of:
+            _commit(job, keys[job.output], shards_of[job.output], time.monotonic() - started)
+
+
+def _embed_rows(
+    checkpoint: str,
+    rows: list[dict[str, list[Any]]],
+    cluster: ClusterSettings,
+    plan: Plan,
+    max_pixels: int,
+) -> Iterator[dict[str, Any]]:
+    tables = [pa.table(row, schema=_SHARD_SCHEMA) for row in rows]
+    return iter(
+        ray.data.from_arrow(tables)
         .map_batches(
             _Embedder,
             fn_constructor_args=(
@@ -255,24 +279,19 @@ def embed_splits(
         )
         .iter_rows()
     )
-    made: dict[str, list[dict[str, Any]]] = {output: [] for output in shards_of}
-    for row in results:
-        if row["fault"]:
-            raise InputError(str(row["fault"]))
-        made[str(row["output"])].append(row)
-        progress.advance(int(row["images"]))
-    for output, shard_rows in made.items():
-        files = [
-            f"{kind}-{number:05d}.arrow"
-            for number in range(shards_of[output])
-            for kind in ("images", "queries")
-        ]
-        description = keys[output] | {
-            "images": sum(int(row["images"]) for row in shard_rows),
-            "queries": sum(int(row["queries"]) for row in shard_rows),
-            "tokens": int(shard_rows[0]["tokens"]),
-            "width": int(shard_rows[0]["width"]),
-            "shards": shards_of[output],
-            "seconds": round(time.monotonic() - started, 3),  # of the whole pass
-        }
-        storage.write_manifest(output, EMBEDDINGS_KIND, description, files)
+
+
+def _commit(job: EmbedJob, key: dict[str, Any], first_ids: list[str], seconds: float) -> None:
+    """Write the manifest of shards that are all there, whichever attempt made them."""
+    numbers = range(len(first_ids))
+    files = [f"{kind}-{n:05d}.arrow" for n in numbers for kind in ("images", "queries")]
+    shapes = storage.read_json(storage.join(job.output, SHAPES))
+    description = key | {
+        "images": len(job.corpus),
+        "queries": len(job.split.triplets),
+        **shapes,
+        "shards": len(first_ids),
+        "first_ids": first_ids,
+        "seconds": round(seconds, 3),  # of the whole pass, or of its last attempt
+    }
+    storage.write_manifest(job.output, EMBEDDINGS_KIND, description, files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,11 +29,23 @@ class EmbeddingShards:
     shards: int
     tokens: int
     width: int
+    first_ids: tuple[str, ...]
 
     @classmethod
     def open(cls, uri: str) -> EmbeddingShards:
         manifest = storage.read_manifest(uri, EMBEDDINGS_KIND)
-        return cls(uri, manifest["shards"], manifest["tokens"], manifest["width"])
+        return cls(
+            uri,
+            manifest["shards"],
+            manifest["tokens"],
+            manifest["width"],
+            tuple(manifest["first_ids"]),
+        )
+
+    def shards_between(self, first_id: str, last_id: str) -> range:
+        """The shards that can hold images from ``first_id`` to ``last_id``."""
+        start = max(bisect_right(self.first_ids, first_id) - 1, 0)
+        return range(start, bisect_right(self.first_ids, last_id))
 
     def _read(self, kind: str, shard: int) -> tuple[list[str], np.ndarray]:
         uri = storage.join(self.uri, f"{kind}-{shard:05d}.arrow")
@@ -48,7 +61,7 @@ class EmbeddingShards:
         return table["id"].to_pylist(), values
 
     def images(self, shard: int) -> tuple[list[str], np.ndarray]:
-        """Ids and embeddings [m, T, D] of one shard, sorted by id."""
+        """Ids and embeddings [m, T, D] of one shard, sorted by id, in the type they are stored."""
         ids, values = self._read("images", shard)
         return ids, values.reshape(len(ids), self.tokens, self.width)
 
@@ -56,3 +69,16 @@ class EmbeddingShards:
         """Ids and embeddings [q, D] of one shard."""
         ids, values = self._read("queries", shard)
         return ids, values.reshape(len(ids), self.width)
+
+    def some_images(self, image_ids: set[str]) -> dict[str, np.ndarray]:
+        """Embeddings [T, D] of the named images, by id."""
+        found: dict[str, np.ndarray] = {}
+        for shard in range(self.shards):
+            ids, values = self.images(shard)
+            found |= {
+                image_id: np.array(values[row])
+                for row, image_id in enumerate(ids)
+                if image_id in image_ids
+            }
+        assert len(found) == len(image_ids), f"{len(image_ids) - len(found)} have no embedding"
+        return found

@@ -11,6 +11,13 @@ class InputError(ValueError):
     """Bad input: the message names the file, row or setting, and the remedy."""
 
 
+class BusyError(InputError):
+    """Another process holds what this one needs; trying again later may work."""
+
+
+EXIT_BAD_INPUT, EXIT_BUSY = 2, 75  # 75 is sysexits' EX_TEMPFAIL, which schedulers know
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a dataset: where (file, and row or key if any) and what."""
@@ -37,9 +44,10 @@ def raise_problems(problems: Sequence[Problem], heading: str, shown: int = 20) -
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a pipeline's ``main``; an `InputError` becomes its message and exit status 2."""
+    """Run a pipeline's ``main``; an `InputError` becomes its message and exit status 2, or 75
+    if it is a `BusyError`."""
     try:
         sys.exit(main() or 0)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(EXIT_BUSY if isinstance(error, BusyError) else EXIT_BAD_INPUT)

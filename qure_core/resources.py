@@ -32,6 +32,7 @@ class Plan:
     gpus: int
     train: dict[str, float]
     embed: dict[str, Any]
+    score: dict[str, Any]
 
 
 def plan_resources(cluster: ClusterSettings) -> Plan:
@@ -70,4 +71,5 @@ def plan_resources(cluster: ClusterSettings) -> Plan:
         gpus=per_worker,
         train={"CPU": cluster.cpus_per_train_worker, "GPU": per_worker},
         embed={"num_cpus": cluster.cpus_per_embed_actor, "num_gpus": per_worker},
+        score={"num_cpus": 1, "num_gpus": per_worker},
     )

@@ -1,13 +1,14 @@
 """Scores of query blocks against a corpus, tile by tile, as Ray Data tasks.
 
-A block's scores [Qb, M] are filled in tiles cut from a fixed grid over the sorted queries and the
-sorted corpus, so a score has the same bits under any number of shards and any block size, and
-nothing larger than tile x tokens exists besides the block itself.
+Scores are computed in tiles cut from a fixed grid over the sorted queries and the sorted corpus,
+one product per image token and a running maximum, so a score has the same bits under any number of
+shards and any block size, and nothing of size queries x images x tokens ever exists.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,9 @@ from torch import Tensor
 from qure_core.data.schema import Triplet
 from qure_core.embedding_shards import EmbeddingShards
 from qure_core.progress import Progress
-from qure_core.relevance import relevance_scores
 
-QUERY_TILE = 128
-IMAGE_TILE = 1024
+QUERY_TILE = 256
+IMAGE_TILE = 256
 BYTES_PER_SCORE = 4
 
 
@@ -54,12 +54,17 @@ def make_blocks(
     galleries: dict[str, tuple[str, ...]],
     memory_mb: int,
     query_block: int | None = None,
+    columns: int | None = None,
 ) -> list[QueryBlock]:
-    """Cut each category's queries, sorted by id, into blocks."""
+    """Cut each category's queries, sorted by id, into blocks.
+
+    ``columns`` is how many scores of a query are held at a time, if not its whole corpus.
+    """
     blocks: list[QueryBlock] = []
     for category in sorted(galleries):
         own = sorted((t for t in triplets if t.category == category), key=lambda t: t.query_id)
-        rows = block_rows(len(galleries[category]), memory_mb * 2**20, query_block)
+        held = min(columns or len(galleries[category]), len(galleries[category]))
+        rows = block_rows(held, memory_mb * 2**20, query_block)
         for start in range(0, len(own), rows):
             part = tuple(own[start : start + rows])
             blocks.append(QueryBlock(len(blocks), category, part, galleries[category]))
@@ -83,43 +88,103 @@ def query_embeddings(embeddings: EmbeddingShards, query_ids: Sequence[str]) -> T
 
 
 def corpus_tiles(
-    embeddings: EmbeddingShards, corpus: Sequence[str]
+    embeddings: EmbeddingShards, corpus: Sequence[str], first: int = 0, last: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first column, embeddings [m, T, D]) of ``IMAGE_TILE`` consecutive corpus images."""
-    column = {image_id: i for i, image_id in enumerate(corpus)}
-    shape = (embeddings.tokens, embeddings.width)
-    tile = np.empty((IMAGE_TILE, *shape), np.float32)
-    start = filled = 0
-    for shard in range(embeddings.shards):
+    """Yield (first column, embeddings [T, m, D]) of consecutive corpus images of the grid.
+
+    ``first`` and ``last`` limit the columns; ``first`` is a multiple of ``IMAGE_TILE``. A tile is
+    valid until the next one is asked for.
+    """
+    assert first % IMAGE_TILE == 0
+    last = len(corpus) if last is None else last
+    column = {image_id: i for i, image_id in enumerate(corpus[first:last], first)}
+    tile_TMD = torch.empty(embeddings.tokens, IMAGE_TILE, embeddings.width)
+    start, filled = first, 0
+    for shard in embeddings.shards_between(corpus[first], corpus[last - 1]):
         ids, values = embeddings.images(shard)
         rows = np.asarray([i for i, image_id in enumerate(ids) if image_id in column], np.int64)
         while len(rows):
             take, rows = rows[: IMAGE_TILE - filled], rows[IMAGE_TILE - filled :]
-            tile[filled : filled + len(take)] = values[take]
+            # Neighbours, as in a corpus of every image, need no copy of their own.
+            together = take[-1] - take[0] + 1 == len(take)
+            part = values[take[0] : take[-1] + 1] if together else values[take]
+            tile_TMD[:, filled : filled + len(take)] = _read_only(part).transpose(0, 1)
             filled += len(take)
             if filled == IMAGE_TILE:
-                yield start, torch.from_numpy(tile)
+                yield start, tile_TMD
                 start, filled = start + IMAGE_TILE, 0
-                tile = np.empty((IMAGE_TILE, *shape), np.float32)
     if filled:
-        yield start, torch.from_numpy(tile[:filled])
+        yield start, tile_TMD[:, :filled].contiguous()
         start += filled
-    assert start == len(corpus), f"{len(corpus) - start} corpus images have no embedding"
+    assert start == last, f"{last - start} corpus images have no embedding"
 
 
-def score_block(embeddings: EmbeddingShards, block: QueryBlock) -> Tensor:
+def _read_only(values: np.ndarray) -> Tensor:
+    """A tensor over a memory map, which torch warns may not be written; here it is not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(values)
+
+
+class Scorer:
+    """Scores tiles of `QUERY_TILE` queries on one device, in one precision.
+
+    ``dtype`` is that of the products and of the maximum over tokens; scores are float32.
+    """
+
+    def __init__(self, query_QD: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = dtype
+        self.queries = len(query_QD)
+        whole = torch.zeros(-(-self.queries // QUERY_TILE) * QUERY_TILE, query_QD.shape[1])
+        whole[: self.queries] = query_QD
+        # Every tile is whole: products of one shape give a query the same bits in any company.
+        self.tiles = whole.to(self.device, dtype).split(QUERY_TILE)
+
+    def __call__(self, image_TMD: Tensor, out_QM: Tensor) -> None:
+        """Relevance of a tile of images to every query, no temperature, into ``out_QM``."""
+        image_TMD = image_TMD.to(self.device, self.dtype)
+        shape = (QUERY_TILE, image_TMD.shape[1])
+        best, other = (torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+        for number, tile_QD in enumerate(self.tiles):
+            torch.mm(tile_QD, image_TMD[0].T, out=best)
+            for token_MD in image_TMD[1:]:
+                torch.mm(tile_QD, token_MD.T, out=other)
+                torch.maximum(best, other, out=best)
+            first = number * QUERY_TILE
+            rows = out_QM[first : first + QUERY_TILE]
+            rows.copy_(best[: len(rows)])
+
+
+def score_chunks(
+    scorer: Scorer,
+    embeddings: EmbeddingShards,
+    corpus: Sequence[str],
+    columns: int,
+    first: int = 0,
+    last: int | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first column, scores [Q, C]) of up to ``columns`` images; valid until the next."""
+    last = len(corpus) if last is None else last
+    columns = min(-(-columns // IMAGE_TILE) * IMAGE_TILE, last - first)
+    buffer_QC = torch.empty(scorer.queries, columns, device=scorer.device)
+    start, filled = first, 0
+    for tile_start, image_TMD in corpus_tiles(embeddings, corpus, first, last):
+        stop = tile_start + image_TMD.shape[1]
+        scorer(image_TMD, buffer_QC[:, filled : filled + stop - tile_start])
+        filled = stop - start
+        if filled == columns or stop == last:
+            yield start, buffer_QC[:, :filled]
+            start, filled = stop, 0
+
+
+def score_block(
+    embeddings: EmbeddingShards, block: QueryBlock, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Relevance scores of a block's queries over its whole corpus: [Qb, M], no temperature."""
     query_QD = query_embeddings(embeddings, [t.query_id for t in block.triplets])
-    scores_QM = torch.empty(len(block.triplets), len(block.corpus))
-    for start, image_MTD in corpus_tiles(embeddings, block.corpus):
-        image_TMD = image_MTD.transpose(0, 1).contiguous()
-        stop = start + image_TMD.shape[1]
-        for first in range(0, len(query_QD), QUERY_TILE):
-            rows = slice(first, first + QUERY_TILE)
-            scores_QM[rows, start:stop] = relevance_scores(
-                query_QD[rows], image_TMD.transpose(0, 1)
-            )
-    return scores_QM
+    chunks = score_chunks(Scorer(query_QD, dtype), embeddings, block.corpus, len(block.corpus))
+    return next(chunks)[1]
 
 
 def map_blocks(
@@ -128,31 +193,50 @@ def map_blocks(
     work: Callable[..., dict[str, Any]],
     *,
     arguments: dict[str, Any],
+    resources: dict[str, Any] | None = None,
+    parts: Sequence[tuple[int, int]] | None = None,
+    scores: Callable[[QueryBlock, int], int] | None = None,
 ) -> list[dict[str, Any]]:
     """Run ``work(block, **arguments)`` for every block as one-CPU tasks; results by block number.
 
-    Blocks travel through the object store, their corpus once per category; ``work`` returns a
-    small dict of numbers and strings.
+    ``parts`` lists (block number, part) instead, for ``work(block, part, **arguments)``; progress
+    then counts ``scores(block, part)``. Blocks travel through the object store, their corpus once
+    per category; ``work`` returns a small dict of numbers and strings.
     """
     corpora = {block.category: block.corpus for block in blocks}
     references = {category: ray.put(corpus) for category, corpus in corpora.items()}
     queries = [ray.put(block.triplets) for block in blocks]
+    split = parts is not None
+    wanted = [(block.number, 0) for block in blocks] if parts is None else list(parts)
+    if not wanted:
+        return []
+
+    def size(number: int, part: int) -> int:
+        return scores(blocks[number], part) if scores else len(blocks[number].triplets)
 
     def run(rows: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(1)
         assert len(rows["block"]) == 1, "one block a task"
-        number = int(rows["block"][0])
+        number, part = int(rows["block"][0]), int(rows["part"][0])
         category = str(rows["category"][0])
         block = QueryBlock(
             number, category, ray.get(queries[number]), ray.get(references[category])
         )
-        result = work(block, **arguments) | {"block": number, "queries": len(block.triplets)}
+        result = work(block, part, **arguments) if split else work(block, **arguments)
+        result |= {"block": number, "part": part}
         return {name: np.asarray([value]) for name, value in result.items()}
 
-    tables = [pa.table({"block": [b.number], "category": [b.category]}) for b in blocks]
-    progress = Progress(stage, sum(len(block.triplets) for block in blocks), "queries")
+    tables = [
+        pa.table({"block": [n], "part": [part], "category": [blocks[n].category]})
+        for n, part in wanted
+    ]
+    total = sum(size(*item) for item in wanted)
+    progress = Progress(stage, total, "scores" if scores else "queries")
     results = []
-    for row in ray.data.from_arrow(tables).map_batches(run, batch_size=1, num_cpus=1).iter_rows():
+    tasks = ray.data.from_arrow(tables).map_batches(
+        run, batch_size=1, **(resources or {"num_cpus": 1})
+    )
+    for row in tasks.iter_rows():
         results.append(row)
-        progress.advance(int(row["queries"]))
-    return sorted(results, key=lambda row: row["block"])
+        progress.advance(size(int(row["block"]), int(row["part"])))
+    return sorted(results, key=lambda row: (row["block"], row["part"]))

@@ -28,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from qure_core.errors import InputError
 
 MANIFEST = "manifest.json"
+PLAN = "plan.json"  # what an unfinished directory is being filled with
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -105,6 +106,21 @@ def write_bytes(uri: str, data: bytes) -> None:
                 os.unlink(partial)
     else:
         fs.pipe_file(path, data)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write a file that must not exist yet; whether this call made it."""
+    fs, path = filesystem(uri)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "xb") as file:
+                file.write(data)
+        else:
+            fs.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -194,6 +210,45 @@ def write_manifest(uri: str, kind: str, description: dict[str, Any], names: list
     write_json(join(uri, MANIFEST), {"kind": kind, **description, "files": files})
 
 
+def kept(uri: str, kind: str, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a committed directory if it is whole and says ``facts``, else None."""
+    if not is_committed(uri) or _faults(uri, read_json(join(uri, MANIFEST))):
+        return None
+    manifest = read_manifest(uri, kind)
+    plain = json.loads(json.dumps(facts))
+    return manifest if all(manifest.get(name) == plain[name] for name in plain) else None
+
+
+def resume(uri: str, plan: dict[str, Any]) -> set[str]:
+    """Begin or continue to fill a directory by ``plan``; return the names of files already there.
+
+    A directory begun by another plan, or by none, is emptied first. Of a committed one that is no
+    longer whole, the good files are kept.
+    """
+    record = join(uri, PLAN)
+    if exists(record) and read_json(record) == json.loads(json.dumps(plan)):
+        if is_committed(uri):
+            for name in _faults(uri, read_json(join(uri, MANIFEST))):
+                remove(join(uri, name))
+            remove(join(uri, MANIFEST))
+        return set(list_names(uri))
+    remove(uri)
+    write_json(record, plan)
+    return set()
+
+
+def _faults(uri: str, manifest: dict[str, Any]) -> dict[str, str]:
+    """The files whose size is not the manifest's, and what was found instead."""
+    fs, path = filesystem(uri)
+    faults = {}
+    for name, facts in manifest["files"].items():
+        file = join(path, name)
+        size = fs.size(file) if fs.exists(file) else None
+        if size != facts["bytes"]:
+            faults[name] = "missing" if size is None else f"{size} bytes"
+    return faults
+
+
 def is_committed(uri: str) -> bool:
     return exists(join(uri, MANIFEST))
 
@@ -205,16 +260,11 @@ def read_manifest(uri: str, kind: str) -> dict[str, Any]:
     manifest: dict[str, Any] = read_json(join(uri, MANIFEST))
     if manifest.get("kind") != kind:
         raise InputError(f"{uri}: holds a {manifest.get('kind')!r}, where a {kind!r} is needed")
-    fs, path = filesystem(uri)
-    for name, facts in manifest["files"].items():
-        file = join(path, name)
-        size = fs.size(file) if fs.exists(file) else None
-        if size != facts["bytes"]:
-            found = "missing" if size is None else f"{size} bytes"
-            raise InputError(
-                f"{join(uri, name)}: {found}, but its manifest says {facts['bytes']} bytes; "
-                f"remove {uri} and run the stage again"
-            )
+    for name, found in _faults(uri, manifest).items():
+        raise InputError(
+            f"{join(uri, name)}: {found}, but its manifest says "
+            f"{manifest['files'][name]['bytes']} bytes; remove {uri} and run the stage again"
+        )
     return manifest
 
 

@@ -137,7 +137,7 @@ def evaluate_protocol(
         if protocol == "hp-fashioniq":
             result = _judge(job.output, pairs)
         else:
-            result, files = _measure(settings, protocol, split, job.output, f"{uri}-rankings")
+            result, files = _measure(settings, plan, protocol, split, job.output, f"{uri}-rankings")
         for name, value in files.items():
             storage.write_bytes(storage.join(uri, name), storage.compact_json(value))
         del facts["judgements"]
@@ -147,7 +147,7 @@ def evaluate_protocol(
 
 
 def _measure(
-    settings: Settings, protocol: str, split: Split, embeddings: str, scratch: str
+    settings: Settings, plan: Plan, protocol: str, split: Split, embeddings: str, scratch: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rank under the protocol; return its figures and its submission files by name."""
 
@@ -162,6 +162,7 @@ def _measure(
             memory_mb=settings.mining.memory_mb,
             top_k=50,
             drop_reference=protocol.startswith("cirr"),
+            resources=plan.score,
         )
         rows = read_rows(scratch, names)
         storage.remove(scratch)

@@ -50,7 +50,7 @@ _RANKINGS = pa.schema(
 def _rank_block(
     block: QueryBlock, embeddings_uri: str, output: str, top_k: int, drop_reference: bool
 ) -> dict[str, Any]:
-    scores_QM = score_block(EmbeddingShards.open(embeddings_uri), block)
+    scores_QM = score_block(EmbeddingShards.open(embeddings_uri), block).cpu()
     column = {image_id: i for i, image_id in enumerate(block.corpus)}
     rows = []
     for triplet, scores_M in zip(block.triplets, scores_QM, strict=True):
@@ -97,6 +97,7 @@ def rank_queries(
     memory_mb: int,
     top_k: int,
     drop_reference: bool,
+    resources: dict[str, Any],
 ) -> list[str]:
     """Rank each query's gallery and write the rows to ``output``; return the files' names."""
     blocks = make_blocks(split.triplets, galleries, memory_mb)
@@ -110,6 +111,7 @@ def rank_queries(
             "top_k": top_k,
             "drop_reference": drop_reference,
         },
+        resources=resources,
     )
     return [f"part-{block.number:05d}.parquet" for block in blocks]
 
@@ -136,10 +138,8 @@ def evaluate_checkpoint(
         "gallery": settings.evaluation.gallery,
         "split": split.name,
     }
-    if storage.is_committed(output):
-        manifest = storage.read_manifest(output, EVALUATION_KIND)
-        if all(manifest[key] == value for key, value in facts.items()):
-            return manifest
+    if manifest := storage.kept(output, EVALUATION_KIND, facts):
+        return manifest
     storage.remove(output)
     galleries = galleries_of(split, settings.evaluation.gallery)
     job = evaluation_job(settings, split, output)
@@ -153,6 +153,7 @@ def evaluate_checkpoint(
         memory_mb=settings.mining.memory_mb,
         top_k=settings.evaluation.top_k,
         drop_reference=drop_reference,
+        resources=plan.score,
     )
     rows = read_rows(output, names)
     description = facts | {

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qure_core import storage
 from qure_core.parquet import read_parquet
 
 MINED_KIND = "mined set"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _DROP = pa.struct(
     [
@@ -32,10 +34,13 @@ MINED_SCHEMA = pa.schema(
         ("target_rank", pa.int64()),
         ("upper_drop", _DROP),
         ("lower_drop", _DROP),
-        ("num_negatives", pa.int64()),
+        ("steepness", pa.float64()),  # None where no pair of drops qualifies
+        ("num_negatives", pa.int64()),  # in the set, of which max_negatives are listed
         ("negative_ids", pa.large_list(pa.dictionary(pa.int32(), pa.string()))),
         ("negative_scores", pa.large_list(pa.float32())),
         ("status", pa.string()),
+        ("curve_ranks", pa.list_(pa.int64())),  # points of the query's whole sorted curve
+        ("curve_scores", pa.list_(pa.float32())),
     ]
 )
 
@@ -58,22 +63,12 @@ class MinedSet:
             query_id: values[offsets[row] : offsets[row + 1]] for row, query_id in enumerate(ids)
         }
 
-    def rows_without_negatives(self) -> list[dict[str, Any]]:
-        """Every query's row but its negatives and their scores."""
+    def rows(self, query_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The named queries' rows, without their negatives: {query id: row}."""
         names = [name for name in self.table.column_names if not name.startswith("negative_")]
-        rows: list[dict[str, Any]] = self.table.select(names).to_pylist()
-        return rows
-
-
-def read_curves(mined: MinedSet) -> dict[str, np.ndarray]:
-    """Whole sorted score curves of the round's example queries: {query id: scores}."""
-    curves = {}
-    for name in mined.manifest["files"]:
-        if name.startswith("curves-"):
-            table = read_parquet(storage.join(mined.uri, name)).to_pydict()
-            for query_id, scores in zip(table["query_id"], table["scores"], strict=True):
-                curves[query_id] = np.asarray(scores, np.float32)
-    return curves
+        wanted = pc.is_in(self.table["query_id"], pa.array(query_ids, pa.string()))
+        rows = self.table.select(names).filter(wanted).to_pylist()
+        return {row["query_id"]: row for row in rows}
 
 
 def read_mined_set(uri: str, columns: list[str] | None = None) -> MinedSet:

@@ -1,34 +1,49 @@
 """One mining round on Ray: a checkpoint and a corpus in, a committed mined set out.
 
-Embed corpus and queries in actors, score query blocks against the corpus in tasks, sort each
-query's scores, cut between the two steep drops, write a Parquet part per block, then the manifest.
+Embed corpus and queries in actors; then score, find the drops and write a Parquet part per query
+block in tasks; then the manifest. Two engines give the same set: "sort" ranks a block's whole
+corpus in one task; "streaming" summarises ranges of the corpus in parallel, merges the summaries
+as a tree and looks a second time only at what they leave open. Every task leaves one file, so a
+round that was killed goes on from the files it has.
 """
 
 from __future__ import annotations
 
 import hashlib
-import resource
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import torch
 
 from qure_core import storage
 from qure_core.config import Settings
-from qure_core.data.schema import Split
+from qure_core.data.schema import Split, Triplet
 from qure_core.embedding import EmbedJob, embed_splits
-from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards, checkpoint_digest
+from qure_core.embedding_shards import EMBEDDINGS_KIND, checkpoint_digest
 from qure_core.errors import InputError
-from qure_core.mining.mined_set import MINED_KIND, MINED_SCHEMA, SCHEMA_VERSION
-from qure_core.mining.steep_drops import STATUSES, SteepDrops, steep_drop_negatives
-from qure_core.parquet import write_parquet
+from qure_core.mining.mined_set import MINED_KIND, SCHEMA_VERSION
+from qure_core.mining.precision import precision_check
+from qure_core.mining.rule import STATUSES, DropRule
+from qure_core.mining.tasks import (
+    CHUNK_COLUMNS,
+    MERGED_AT_ONCE,
+    RoundTask,
+    merge_summaries,
+    mine_by_sorting,
+    mine_by_streaming,
+    part_name,
+    ranges_of,
+    summary_bytes,
+    write_anchors,
+    write_summary,
+)
 from qure_core.resources import Plan
-from qure_core.scoring import QueryBlock, make_blocks, map_blocks, score_block
+from qure_core.scoring import BYTES_PER_SCORE, QueryBlock, make_blocks, map_blocks
 
-# Sorting a row keeps its scores, keys, order, drops and masks: about this many bytes a score.
-_SORT_BYTES = 64
+STREAMING_FROM = 100_000
+"""Corpus images from which "auto" streams (tests/benchmarks/mining.py measures the crossover)."""
 
 
 def mine_round(
@@ -39,84 +54,215 @@ def mine_round(
     corpora: dict[str, tuple[str, ...]],
     output: str,
     epoch: int,
-    curves: set[str] | None = None,
 ) -> dict[str, Any]:
     """Mine the hard negatives of every triplet of ``split`` and commit them to ``output``.
 
     ``corpora`` holds each category's images to mine among. Returns the manifest; a round already
-    committed from the same checkpoint and settings is kept. ``curves`` names queries whose whole
-    sorted score curve is written too, for inspection. Embeddings go to
-    ``output`` + "-embeddings" and are removed once the round is committed.
+    committed from the same checkpoint, data and settings is kept, one that was begun is finished.
+    Embeddings go to ``output`` + "-embeddings", summaries to ``output`` + "-scratch"; both are
+    removed once the round is committed. The caller holds the directory (`qure_core.lease`).
     """
-    facts = {
+    facts = round_facts(settings, checkpoint, split, corpora, epoch)
+    if manifest := storage.kept(output, MINED_KIND, facts):
+        return manifest
+    check_corpora(split, corpora)
+    return _mine(settings, plan, checkpoint, split, corpora, output, facts)
+
+
+def round_facts(
+    settings: Settings,
+    checkpoint: str,
+    split: Split,
+    corpora: dict[str, tuple[str, ...]],
+    epoch: int,
+) -> dict[str, Any]:
+    """Everything that a mined set depends on."""
+    mining = settings.mining
+    return {
         "epoch": epoch,
         "schema_version": SCHEMA_VERSION,
         "checkpoint": checkpoint_digest(checkpoint),
         "corpus": corpus_digest(corpora),
+        "triplets": hashlib.sha256(repr(split.triplets).encode()).hexdigest()[:16],
         "settings": {
-            "exclude_reference": settings.mining.exclude_reference,
+            "exclude_reference": mining.exclude_reference,
             "rule": "walk over neighbouring drops from the steepest; first pair more than 1 apart",
+            **asdict(drop_rule(settings)),
+            "max_negatives": mining.max_negatives,
+            "seed": settings.run.seed if mining.max_negatives else None,
+            "precision": mining.precision,
+            "stored": mining.stored,
+            "embed_batch": settings.cluster.embed_batch,
         },
     }
-    if storage.is_committed(output):
-        manifest = storage.read_manifest(output, MINED_KIND)
-        if all(manifest[name] == value for name, value in facts.items()):
-            return manifest
-    check_corpora(split, corpora)
-    storage.remove(output)
-    job = mining_job(split, corpora, output)
-    embeddings_uri = job.output
+
+
+def drop_rule(settings: Settings) -> DropRule:
+    mining = settings.mining
+    return DropRule(mining.window_ranks, mining.window_quantile, mining.min_steepness)
+
+
+def choose_engine(settings: Settings, corpora: dict[str, tuple[str, ...]]) -> str:
+    """The engine of a round: as set, or by the size of the largest corpus."""
+    if settings.mining.engine != "auto":
+        return settings.mining.engine
+    largest = max(len(ids) for ids in corpora.values())
+    return "streaming" if largest >= STREAMING_FROM else "sort"
+
+
+def _blocks(
+    settings: Settings,
+    engine: str,
+    triplets: Sequence[Triplet],
+    corpora: dict[str, tuple[str, ...]],
+) -> list[QueryBlock]:
+    mining = settings.mining
+    if engine == "sort":
+        return make_blocks(triplets, corpora, mining.memory_mb, mining.query_block)
+    # A streaming task holds, per query, the scores of a chunk and a summary.
+    held = CHUNK_COLUMNS + summary_bytes(mining.max_negatives) // BYTES_PER_SCORE
+    return make_blocks(triplets, corpora, mining.memory_mb, mining.query_block, held)
+
+
+def _mine(
+    settings: Settings,
+    plan: Plan,
+    checkpoint: str,
+    split: Split,
+    corpora: dict[str, tuple[str, ...]],
+    output: str,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    mining = settings.mining
+    job = mining_job(split, corpora, output, mining.stored)
     embed_splits(
         checkpoint,
         [job],
         settings.cluster,
         plan,
         settings.data.max_image_pixels,
-        settings.mining.corpus_shards,
+        mining.corpus_shards,
     )
     # The pass may have been made, for this and other stages together, before this call.
-    embed_seconds = storage.read_manifest(embeddings_uri, EMBEDDINGS_KIND)["seconds"]
+    embed_seconds = storage.read_manifest(job.output, EMBEDDINGS_KIND)["seconds"]
     embedded = time.monotonic()
-    blocks = make_blocks(
-        split.triplets, corpora, settings.mining.memory_mb, settings.mining.query_block
+    engine = choose_engine(settings, corpora)
+    blocks = _blocks(settings, engine, split.triplets, corpora)
+    layout = {"engine": engine, "blocks": [[b.category, len(b.triplets)] for b in blocks]}
+    scratch = f"{output}-scratch"
+    storage.resume(output, facts | layout)
+    storage.resume(scratch, facts | layout | {"range": mining.corpus_range})
+    task = RoundTask(
+        embeddings_uri=job.output,
+        output=output,
+        scratch=scratch,
+        seed=settings.run.seed,
+        epoch=facts["epoch"],
+        exclude_reference=mining.exclude_reference,
+        rule=drop_rule(settings),
+        max_negatives=mining.max_negatives,
+        precision=mining.precision,
+        memory_bytes=mining.memory_mb * 2**20,
     )
-    rows = map_blocks(
-        f"mine epoch {epoch}",
-        blocks,
-        _mine_block,
-        arguments={
-            "embeddings_uri": embeddings_uri,
-            "output": output,
-            "exclude_reference": settings.mining.exclude_reference,
-            "memory_bytes": settings.mining.memory_mb * 2**20,
-            "curves": curves or set(),
-        },
-    )
+    name = f"mine epoch {facts['epoch']}"
+    if engine == "sort":
+        rows = map_blocks(
+            name, blocks, mine_by_sorting, arguments={"task": task}, resources=plan.score
+        )
+        seconds = {"score": _total(rows, "score_seconds")}
+        peaks = rows
+    else:
+        rows, seconds, peaks = _stream(name, blocks, task, plan, mining.corpus_range)
     mined = time.monotonic()
     seconds = {
         "embed": embed_seconds,
-        "score": round(sum(float(row["score_seconds"]) for row in rows), 3),
-        "sort and cut": round(sum(float(row["cut_seconds"]) for row in rows), 3),
-        "write": round(sum(float(row["write_seconds"]) for row in rows), 3),
+        **seconds,
+        "sort and cut" if engine == "sort" else "settle": _total(rows, "cut_seconds"),
+        "write": _total(rows, "write_seconds"),
         "score to write, wall": round(mined - embedded, 3),
     }
     description = facts | {
+        "engine": engine,
         "queries": len(split.triplets),
         "corpus_images": {category: len(ids) for category, ids in corpora.items()},
         "seconds": seconds,
-        "peak_task_memory_mb": round(max(float(row["peak_mb"]) for row in rows), 1),
+        "peak_task_memory_mb": round(max(float(row["peak_mb"]) for row in peaks), 1),
         "statistics": summarise(rows),
     }
-    names = [f"part-{block.number:05d}.parquet" for block in blocks]
-    names += [f"curves-{int(row['block']):05d}.parquet" for row in rows if row["has_curves"]]
-    storage.write_manifest(output, MINED_KIND, description, names)
-    storage.remove(embeddings_uri)
+    if engine == "streaming":
+        description["second_looks"] = sum(int(row["second_looks"]) for row in rows)
+    if mining.precision != "fp32":
+        description["precision_check"] = precision_check(task, blocks, plan)
+    storage.write_manifest(output, MINED_KIND, description, [part_name(b.number) for b in blocks])
+    storage.remove(job.output)
+    storage.remove(scratch)
     return storage.read_manifest(output, MINED_KIND)
 
 
-def mining_job(split: Split, corpora: dict[str, tuple[str, ...]], output: str) -> EmbedJob:
-    """The embeddings that a round at ``output`` needs."""
-    return EmbedJob(split, frozenset().union(*corpora.values()), f"{output}-embeddings")
+def _total(rows: Sequence[dict[str, Any]], name: str) -> float:
+    return round(sum(float(row[name]) for row in rows), 3)
+
+
+def _stream(
+    name: str, blocks: list[QueryBlock], task: RoundTask, plan: Plan, columns: int | None
+) -> tuple[list[dict[str, Any]], dict[str, float], list[dict[str, Any]]]:
+    """The streaming engine's steps: anchors, summaries, a tree of merges, and the cut."""
+    arguments = {"task": task}
+    peaks = map_blocks(
+        f"{name}: anchors", blocks, write_anchors, arguments=arguments, resources=plan.score
+    )
+    ranges = {block.number: ranges_of(block, columns) for block in blocks}
+
+    def scores(block: QueryBlock, part: int) -> int:
+        first, last = ranges[block.number][part]
+        return len(block.triplets) * (last - first)
+
+    summaries = map_blocks(
+        f"{name}: summarise",
+        blocks,
+        write_summary,
+        arguments=arguments | {"columns": columns},
+        resources=plan.score,
+        parts=[(number, part) for number, own in ranges.items() for part in range(len(own))],
+        scores=scores,
+    )
+    peaks += summaries
+    left = {number: len(own) for number, own in ranges.items()}
+    levels = dict.fromkeys(left, 0)
+    level = 0
+    while any(count > 1 for count in left.values()):
+        for count in sorted({c for c in left.values() if c > 1}):
+            own = [number for number, c in left.items() if c == count]
+            parts = [(n, part) for n in own for part in range(-(-count // MERGED_AT_ONCE))]
+            peaks += map_blocks(
+                f"{name}: merge",
+                blocks,
+                merge_summaries,
+                arguments=arguments | {"level": level, "count": count},
+                parts=parts,
+            )
+        for number, count in left.items():
+            if count > 1:
+                left[number] = -(-count // MERGED_AT_ONCE)
+                levels[number] = level + 1
+        level += 1
+    rows = map_blocks(
+        f"{name}: settle",
+        blocks,
+        mine_by_streaming,
+        arguments=arguments | {"levels": [levels[block.number] for block in blocks]},
+        resources=plan.score,
+    )
+    return rows, {"score and summarise": _total(summaries, "score_seconds")}, peaks + rows
+
+
+def mining_job(
+    split: Split, corpora: dict[str, tuple[str, ...]], output: str, stored: str
+) -> EmbedJob:
+    """The embeddings that a round at ``output`` needs; ``stored`` is "fp32" or "fp16"."""
+    dtype = {"fp32": "float32", "fp16": "float16"}[stored]
+    corpus: frozenset[str] = frozenset().union(*corpora.values())
+    return EmbedJob(split, corpus, f"{output}-embeddings", dtype)
 
 
 def corpus_digest(corpora: dict[str, tuple[str, ...]]) -> str:
@@ -146,106 +292,6 @@ def check_corpora(split: Split, corpora: dict[str, tuple[str, ...]]) -> None:
         )
 
 
-def _mine_block(
-    block: QueryBlock,
-    embeddings_uri: str,
-    output: str,
-    exclude_reference: bool,
-    memory_bytes: int,
-    curves: set[str],
-) -> dict[str, Any]:
-    started = time.monotonic()
-    scores_QM = score_block(EmbeddingShards.open(embeddings_uri), block)
-    scored = time.monotonic()
-    column = {image_id: i for i, image_id in enumerate(block.corpus)}
-    target_Q = np.asarray([column[str(t.target_id)] for t in block.triplets])
-    reference_Q = np.full(len(block.triplets), -1)
-    if exclude_reference:
-        reference_Q = np.asarray([column.get(t.reference_id, -1) for t in block.triplets])
-    ids = pa.array(block.corpus, pa.string())
-    tables = []
-    kept: dict[str, np.ndarray] = {}
-    rows = max(1, memory_bytes // 2 // (_SORT_BYTES * len(block.corpus)))
-    for first in range(0, len(block.triplets), rows):
-        part = slice(first, first + rows)
-        drops = steep_drop_negatives(
-            scores_QM[part], torch.from_numpy(target_Q[part]), torch.from_numpy(reference_Q[part])
-        )
-        tables.append(_to_table(block, first, drops, ids))
-        for q, triplet in enumerate(block.triplets[part]):
-            if triplet.query_id in curves:
-                kept[triplet.query_id] = drops.scores_QM[q, : drops.length_Q[q]].numpy()
-    table = pa.concat_tables(tables)
-    cut = time.monotonic()
-    write_parquet(storage.join(output, f"part-{block.number:05d}.parquet"), table)
-    if kept:
-        curve_table = pa.table({"query_id": list(kept), "scores": list(kept.values())})
-        write_parquet(storage.join(output, f"curves-{block.number:05d}.parquet"), curve_table)
-    return _block_statistics(table) | {
-        "score_seconds": scored - started,
-        "cut_seconds": cut - scored,
-        "write_seconds": time.monotonic() - cut,
-        "has_curves": bool(kept),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
-
-
-def _to_table(block: QueryBlock, first: int, drops: SteepDrops, ids: pa.Array) -> pa.Table:
-    count = len(drops.status_Q)
-    triplets = block.triplets[first : first + count]
-    start, stop = drops.start_Q.numpy(), drops.stop_Q.numpy()
-    order, scores = drops.order_QM.numpy(), drops.scores_QM.numpy()
-    target_rank = drops.target_rank_Q.numpy()
-    status = [STATUSES[code] for code in drops.status_Q.tolist()]
-    offsets = np.concatenate([[0], np.cumsum(stop - start)])
-    codes = np.concatenate([order[q, start[q] : stop[q]] for q in range(count)])
-    values = np.concatenate([scores[q, start[q] : stop[q]] for q in range(count)])
-    names = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), ids)
-
-    def drop_column(rank_Q: np.ndarray) -> list[dict[str, Any] | None]:
-        return [
-            {
-                "rank": int(rank),
-                "height": scores[q, rank] - scores[q, rank + 1],
-                "score_above": scores[q, rank],
-                "score_below": scores[q, rank + 1],
-            }
-            if rank >= 0
-            else None
-            for q, rank in enumerate(rank_Q)
-        ]
-
-    columns = {
-        "query_id": [t.query_id for t in triplets],
-        "category": [t.category for t in triplets],
-        "target_id": [t.target_id for t in triplets],
-        "target_score": scores[np.arange(count), target_rank],
-        "target_rank": target_rank,
-        "upper_drop": drop_column(drops.upper_Q.numpy()),
-        "lower_drop": drop_column(drops.lower_Q.numpy()),
-        "num_negatives": stop - start,
-        "negative_ids": pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), names),
-        "negative_scores": pa.LargeListArray.from_arrays(
-            pa.array(offsets, pa.int64()), pa.array(values, pa.float32())
-        ),
-        "status": status,
-    }
-    return pa.table(columns, schema=MINED_SCHEMA)
-
-
-def _block_statistics(table: pa.Table) -> dict[str, Any]:
-    """Small per-query numbers that the driver merges: sizes, margins, ranks, statuses."""
-    means = [float(np.mean(scores.values.to_numpy())) for scores in table["negative_scores"]]
-    margin = table["target_score"].to_numpy() - np.asarray(means, np.float32)
-    codes = [STATUSES.index(name) for name in table["status"].to_pylist()]
-    return {
-        "sizes": table["num_negatives"].to_numpy().astype(np.int64),
-        "margins": margin.astype(np.float32),
-        "ranks": table["target_rank"].to_numpy().astype(np.int64),
-        "codes": np.asarray(codes, np.int64),
-    }
-
-
 def _quantiles(values: np.ndarray) -> dict[str, float]:
     points = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
     return {name: round(float(np.quantile(values, q)), 6) for name, q in points.items()}
@@ -253,10 +299,11 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Statistics of a round from its blocks' results, independent of how it was cut."""
-    sizes, margins, ranks, codes = (
+    sizes, margins, ranks, codes, steepness = (
         np.concatenate([np.asarray(row[name]) for row in rows])
-        for name in ("sizes", "margins", "ranks", "codes")
+        for name in ("sizes", "margins", "ranks", "codes", "steepness")
     )
+    finite = steepness[np.isfinite(steepness)]
     statuses = {name: int((codes == i).sum()) for i, name in enumerate(STATUSES)}
     return {
         "statuses": statuses,
@@ -264,6 +311,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "set_size": _quantiles(sizes),
         "margin_to_target": _quantiles(margins),
         "target_rank": _quantiles(ranks),
+        "steepness": _quantiles(finite if len(finite) else np.zeros(1)),
     }
 
 
@@ -271,7 +319,7 @@ def round_table(manifest: dict[str, Any]) -> str:
     """The end-of-round table of a mined set, for people."""
     statistics = manifest["statistics"]
     lines = [
-        f"mined set of epoch {manifest['epoch']}",
+        f"mined set of epoch {manifest['epoch']} ({manifest['engine']} engine)",
         f"  queries                  {manifest['queries']:>12,}",
         f"  corpus images            {sum(manifest['corpus_images'].values()):>12,}",
         f"  between two steep drops  {statistics['steep_share']:>12.1%}",
@@ -283,10 +331,17 @@ def round_table(manifest: dict[str, Any]) -> str:
         ("set_size", "negatives per query", ",.0f"),
         ("margin_to_target", "target - negatives", ".4f"),
         ("target_rank", "rank of the target", ",.0f"),
+        ("steepness", "steepness of drops", ",.1f"),
     ):
         values = "  ".join(f"{name} {value:{form}}" for name, value in statistics[key].items())
         lines.append(f"  {label:<24} {values}")
     times = "  ".join(f"{name} {value:.1f} s" for name, value in manifest["seconds"].items())
     lines.append(f"  time                     {times}")
+    if check := manifest.get("precision_check"):
+        precision = manifest["settings"]["precision"]
+        lines.append(
+            f"  {precision} against fp32          {check['changed']:,} of {check['sampled']:,} "
+            "sampled queries have other drops"
+        )
     lines.append(f"  peak memory of a task    {manifest['peak_task_memory_mb']:,.0f} MB")
     return "\n".join(lines)

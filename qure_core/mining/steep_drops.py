@@ -1,4 +1,4 @@
-"""The steep-drop rule (QuRe, section 4), as pure tensor code.
+"""The steep-drop rule (QuRe, section 4) over whole rows of scores, as pure tensor code.
 
 Shapes: Q queries, M images of the corpus, K steepest drops looked at first.
 """
@@ -10,13 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEEP, BELOW_TARGET, CORPUS = 0, 1, 2
-STATUSES = ("steep", "below_target", "corpus")
-"""How a query's negatives were found: between two steep drops; all images below the target,
-because no pair of drops qualifies; or the whole corpus but target and reference, because no image
-ranks below the target."""
+from qure_core.mining.keys import LAST_KEY, key_columns, key_scores, pack_keys, sort_keys_
+from qure_core.mining.rule import (
+    BELOW_TARGET,
+    CORPUS,
+    SMOOTH,
+    STEEP,
+    DropRule,
+    neighbourhood,
+    relative_height,
+)
 
 _FIRST_LOOK = 32  # drops examined before a full sort; nearly every walk ends among them
+_GROUP = 64  # drops that are first reduced to their steepest
 
 
 @dataclass(frozen=True)
@@ -25,32 +31,43 @@ class SteepDrops:
 
     Ranks count from 0, the best, in the query's ranking without its excluded reference.
 
-    order_QM: column of the image at each rank; an excluded reference stands last.
-    scores_QM: scores in that order.
+    keys_QM: the ranking, as sorted keys (`qure_core.mining.keys`); an excluded reference is last.
     length_Q: images ranked, M or M - 1.
     target_rank_Q: rank of the target.
     start_Q, stop_Q: the negatives are the ranks start <= r < stop; never empty.
     upper_Q, lower_Q: rank of the last image above each drop; -1 where status is not steep.
+    steepness_Q: the lesser relative height of both drops; NaN where no pair of drops qualifies.
     status_Q: index into `STATUSES`.
     """
 
-    order_QM: Tensor
-    scores_QM: Tensor
+    keys_QM: Tensor
     length_Q: Tensor
     target_rank_Q: Tensor
     start_Q: Tensor
     stop_Q: Tensor
     upper_Q: Tensor
     lower_Q: Tensor
+    steepness_Q: Tensor
     status_Q: Tensor
 
     def negatives(self, query: int) -> Tensor:
         """Columns of the hard negatives of one query, best first."""
-        return self.order_QM[query, self.start_Q[query] : self.stop_Q[query]]
+        return key_columns(self.keys_QM[query, self.start_Q[query] : self.stop_Q[query]])
+
+
+def refuse_bad_scores(scores_QM: Tensor) -> None:
+    """Raise `ValueError` if a score is not finite."""
+    low, high = torch.aminmax(scores_QM)  # both NaN if any score is
+    if not torch.isfinite(high - low):
+        bad = torch.nonzero(~torch.isfinite(scores_QM).all(dim=1)).flatten()[:5].tolist()
+        raise ValueError(f"scores of queries {bad} are not finite (NaN or infinite)")
 
 
 def steep_drop_negatives(
-    scores_QM: Tensor, target_Q: Tensor, reference_Q: Tensor | None = None
+    scores_QM: Tensor,
+    target_Q: Tensor,
+    reference_Q: Tensor | None = None,
+    rule: DropRule | None = None,
 ) -> SteepDrops:
     """Find each query's hard negatives between two steep drops.
 
@@ -59,6 +76,7 @@ def steep_drop_negatives(
         target_Q: column of each query's target.
         reference_Q: column to leave out of each query's ranking, or -1 for none. A column that
             is also the target is kept.
+        rule: where drops are sought and how steep they must be; the released rule if None.
 
     Below the target, drops between neighbouring scores are ordered from the steepest (equal
     drops: the upper first). The first two neighbours of that ordering whose ranks differ by more
@@ -67,50 +85,73 @@ def steep_drop_negatives(
 
     Raises `ValueError` if a score is not finite, or a query has no image but its target.
     """
+    rule = rule or DropRule()
     queries, images = scores_QM.shape
-    if not torch.isfinite(scores_QM).all():
-        bad = torch.nonzero(~torch.isfinite(scores_QM).all(dim=1)).flatten()[:5].tolist()
-        raise ValueError(f"scores of queries {bad} are not finite (NaN or infinite)")
+    refuse_bad_scores(scores_QM)
     device = scores_QM.device
     rows_Q = torch.arange(queries, device=device)
     target_Q = target_Q.to(device)
-    keys_QM = scores_QM
+    keys_QM = pack_keys(scores_QM)
+    target_key_Q = keys_QM[rows_Q, target_Q]
     length_Q = torch.full((queries,), images, device=device)
     if reference_Q is not None:
         reference_Q = reference_Q.to(device)
         excluded_Q = (reference_Q >= 0) & (reference_Q != target_Q)
         length_Q = length_Q - excluded_Q.long()
-        keys_QM = scores_QM.clone()
-        keys_QM[rows_Q[excluded_Q], reference_Q[excluded_Q]] = -torch.inf
+        keys_QM[rows_Q[excluded_Q], reference_Q[excluded_Q]] = LAST_KEY
     if bool((length_Q < 2).any()):
         bad = torch.nonzero(length_Q < 2).flatten()[:5].tolist()
         raise ValueError(f"queries {bad} have no image to rank but their target")
 
-    sorted_QM, order_QM = keys_QM.sort(dim=1, descending=True, stable=True)
-    target_rank_Q = (order_QM == target_Q[:, None]).int().argmax(dim=1)
+    keys_QM = sort_keys_(keys_QM)
+    target_rank_Q = torch.searchsorted(keys_QM, target_key_Q[:, None]).squeeze(1)
+    below_Q = length_Q - 1 - target_rank_Q
+    window_Q = below_Q
+    if rule.window_ranks is not None or rule.window_quantile is not None:
+        window_Q = torch.tensor([rule.window(n) for n in below_Q.tolist()], device=device)
 
+    sorted_QM = key_scores(keys_QM)
     drop_QN = sorted_QM[:, :-1] - sorted_QM[:, 1:]
-    rank_N = torch.arange(images - 1, device=device)
-    below_QN = (rank_N > target_rank_Q[:, None]) & (rank_N < length_Q[:, None] - 1)
-    drop_QN = torch.where(below_QN, drop_QN, -1.0)  # a real drop is never negative
+    rank_N = torch.arange(images - 1, device=device, dtype=torch.int32)
+    first_Q, last_Q = (x.int()[:, None] for x in (target_rank_Q, target_rank_Q + window_Q))
+    # A real drop is never negative.
+    drop_QN.masked_fill_((rank_N <= first_Q) | (rank_N >= last_Q), -1.0)
     upper_Q, lower_Q = _first_separated_pair(drop_QN)
+    steepness_Q = _steepness(sorted_QM, target_rank_Q, below_Q, upper_Q, lower_Q)
 
-    steep_Q = upper_Q >= 0
-    some_below_Q = target_rank_Q < length_Q - 1
-    status_Q = torch.where(steep_Q, STEEP, torch.where(some_below_Q, BELOW_TARGET, CORPUS))
-    start_Q = torch.where(steep_Q, upper_Q + 1, torch.where(some_below_Q, target_rank_Q + 1, 0))
-    stop_Q = torch.where(steep_Q, lower_Q + 1, torch.where(some_below_Q, length_Q, length_Q - 1))
+    found_Q = upper_Q >= 0
+    status_Q = torch.where(found_Q, STEEP, torch.where(below_Q > 0, BELOW_TARGET, CORPUS))
+    if rule.min_steepness is not None:
+        status_Q[found_Q & (steepness_Q < rule.min_steepness)] = SMOOTH
+    steep_Q = status_Q == STEEP
+    upper_Q, lower_Q = (torch.where(steep_Q, x, -1) for x in (upper_Q, lower_Q))
+    some_Q = below_Q > 0
+    start_Q = torch.where(some_Q, target_rank_Q + 1, 0)
+    stop_Q = torch.where(some_Q, target_rank_Q + 1 + window_Q, length_Q - 1)
     return SteepDrops(
-        order_QM=order_QM,
-        scores_QM=scores_QM.gather(1, order_QM),
+        keys_QM=keys_QM,
         length_Q=length_Q,
         target_rank_Q=target_rank_Q,
-        start_Q=start_Q,
-        stop_Q=stop_Q,
+        start_Q=torch.where(steep_Q, upper_Q + 1, start_Q),
+        stop_Q=torch.where(steep_Q, lower_Q + 1, stop_Q),
         upper_Q=upper_Q,
         lower_Q=lower_Q,
+        steepness_Q=steepness_Q,
         status_Q=status_Q,
     )
+
+
+def _steepness(
+    sorted_QM: Tensor, target_rank_Q: Tensor, below_Q: Tensor, upper_Q: Tensor, lower_Q: Tensor
+) -> Tensor:
+    first_Q = target_rank_Q + 1
+    heights = []
+    for rank_Q in (upper_Q, lower_Q):
+        start_Q, stop_Q = neighbourhood(rank_Q - first_Q, below_Q)
+        ranks_Q4 = torch.stack([start_Q + first_Q, rank_Q, rank_Q + 1, stop_Q + first_Q], dim=1)
+        scores = sorted_QM.gather(1, ranks_Q4.clamp(0, sorted_QM.shape[1] - 1)).double().unbind(1)
+        heights.append(relative_height(rank_Q - first_Q, below_Q, *scores))
+    return torch.minimum(*heights).masked_fill_(upper_Q < 0, torch.nan)
 
 
 def _walk(drop_QK: Tensor, rank_QK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +167,27 @@ def _walk(drop_QK: Tensor, rank_QK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return found_Q, place_Q, pair_Q2.sort(dim=1).values
 
 
+def _steepest(drop_QN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest drops of each row and their ranks, through groups' largest drops.
+
+    A drop above the k-th found is always among them: its group's largest is at least as large.
+    """
+    queries, count = drop_QN.shape
+    groups = count // _GROUP
+    if groups <= k:
+        return drop_QN.topk(k, dim=1)
+    whole_QGL = drop_QN[:, : groups * _GROUP].reshape(queries, groups, _GROUP)
+    chosen_QK = whole_QGL.amax(dim=2).topk(k, dim=1).indices
+    some_QL = whole_QGL.gather(1, chosen_QK[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+    rank_QL = (
+        chosen_QK[:, :, None] * _GROUP + torch.arange(_GROUP, device=drop_QN.device)
+    ).flatten(1)
+    rest_QR = drop_QN[:, groups * _GROUP :]
+    rest = torch.arange(groups * _GROUP, count, device=drop_QN.device).expand(queries, -1)
+    drop_QK, place_QK = torch.cat([some_QL, rest_QR], dim=1).topk(k, dim=1)
+    return drop_QK, torch.cat([rank_QL, rest], dim=1).gather(1, place_QK)
+
+
 def _first_separated_pair(drop_QN: Tensor) -> tuple[Tensor, Tensor]:
     """The walk over all drops; negative drops do not count. Returns -1, -1 where no pair is."""
     queries, count = drop_QN.shape
@@ -133,7 +195,7 @@ def _first_separated_pair(drop_QN: Tensor) -> tuple[Tensor, Tensor]:
     if count < 2:
         return none_Q, none_Q.clone()
     k = min(_FIRST_LOOK, count)
-    drop_QK, rank_QK = drop_QN.topk(k, dim=1)
+    drop_QK, rank_QK = _steepest(drop_QN, k)
     # topk leaves equal drops in any order: put them by rank, then by drop, both stably.
     rank_QK, by_rank_QK = rank_QK.sort(dim=1)
     drop_QK, by_drop_QK = drop_QK.gather(1, by_rank_QK).sort(dim=1, descending=True, stable=True)

@@ -15,7 +15,7 @@ from qure_core.config import Settings
 from qure_core.data.images import load_image
 from qure_core.data.schema import Split, Triplet
 from qure_core.evaluation.stage import read_rankings
-from qure_core.mining.mined_set import MinedSet, read_curves, read_mined_set
+from qure_core.mining.mined_set import MinedSet, read_mined_set
 from qure_core.report.figures import loss_curve, recall_curve, score_curve, thumbnail
 from qure_core.seeds import generator
 from qure_core.training.layout import committed, evaluation_uri, round_uri
@@ -122,6 +122,7 @@ def _round_row(manifest: dict[str, Any], mined: MinedSet, train: Split) -> list[
         f"{statistics['steep_share']:.1%}",
         f"{statistics['statuses']['below_target']:,}",
         f"{statistics['statuses']['corpus']:,}",
+        f"{statistics['statuses']['smooth']:,}",
         f"{statistics['target_rank']['median']:,.0f}",
         f"{statistics['set_size']['median']:,.0f}",
         f"{statistics['margin_to_target']['median']:.4f}",
@@ -158,20 +159,18 @@ def _shower(split: Split, max_pixels: int) -> Callable[[str, Triplet], dict[str,
 def _mined_examples(
     settings: Settings, train: Split, mined: MinedSet, show: Callable[..., dict[str, str]]
 ) -> list[dict[str, Any]]:
-    rows = {row["query_id"]: row for row in mined.rows_without_negatives()}
+    shown = example_queries(train, settings.report.examples, settings.run.seed)
+    rows = mined.rows([query.query_id for query in shown])
     negatives = mined.negatives()
-    curves = read_curves(mined)
     examples = []
-    for query in example_queries(train, settings.report.examples, settings.run.seed):
-        if query.query_id not in curves:
-            continue  # mined when report.examples was smaller
+    for query in shown:
         chosen = negatives[query.query_id]
         examples.append(
             {
                 "id": query.query_id,
                 "category": query.category,
                 "text": query.text,
-                "curve": score_curve(curves[query.query_id], rows[query.query_id]),
+                "curve": score_curve(rows[query.query_id]),
                 "reference": show(query.reference_id, query),
                 "target": show(str(query.target_id), query),
                 "count": f"{len(chosen):,}",

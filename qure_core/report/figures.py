@@ -10,7 +10,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -79,18 +78,17 @@ def recall_curve(evaluations: list[dict[str, Any]], minings: list[int]) -> str:
     return _finish(figure)
 
 
-def score_curve(scores: np.ndarray, row: dict[str, Any]) -> str:
+def draw_score_curve(row: dict[str, Any]) -> Figure:
     """One query's sorted scores: the target, both drops, and the hard negatives shaded.
 
-    ``row`` is the query's row of the mined set.
+    ``row`` is the query's row of the mined set, with the kept points of its curve.
     """
     figure, axes = _axes(5.2, 3.0)
-    ranks = np.arange(len(scores))
-    axes.plot(ranks, scores, color="black", linewidth=1)
+    axes.plot(row["curve_ranks"], row["curve_scores"], color="black", linewidth=1)
     target = row["target_rank"]
     axes.plot(
         target,
-        scores[target],
+        row["target_score"],
         marker="*",
         color="tab:green",
         markersize=12,
@@ -109,7 +107,7 @@ def score_curve(scores: np.ndarray, row: dict[str, Any]) -> str:
                 label=f"{name} drop, {drop['height']:.4f} after rank {drop['rank']}",
             )
     else:
-        first = target + 1 if target + 1 < len(scores) else 0
+        first = target + 1 if target < row["curve_ranks"][-1] else 0
         last = first + row["num_negatives"] - 1
     axes.axvspan(
         first - 0.5,
@@ -121,4 +119,9 @@ def score_curve(scores: np.ndarray, row: dict[str, Any]) -> str:
     axes.set_xlabel("rank")
     axes.set_ylabel("relevance score")
     axes.legend(frameon=False, fontsize=7)
-    return _finish(figure)
+    return figure
+
+
+def score_curve(row: dict[str, Any]) -> str:
+    """`draw_score_curve` as a data URI."""
+    return _finish(draw_score_curve(row))

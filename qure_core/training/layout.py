@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from qure_core import storage
 from qure_core.evaluation.stage import EVALUATION_KIND
 from qure_core.mining.mined_set import MINED_KIND
 
+_FINISHED = re.compile(r"epoch-\d+")  # not what a stage leaves beside it while it works
 _KINDS = {"rounds": MINED_KIND, "evaluations": EVALUATION_KIND}
+
+
+def rounds_uri(run_dir: str) -> str:
+    """Where a run's mined sets are; held while one is made."""
+    return storage.join(run_dir, "rounds")
 
 
 def round_uri(run_dir: str, epoch: int) -> str:
     """Where the mined set used from ``epoch`` on is."""
-    return storage.join(run_dir, "rounds", f"epoch-{epoch:04d}")
+    return storage.join(rounds_uri(run_dir), f"epoch-{epoch:04d}")
 
 
 def evaluation_uri(run_dir: str, epoch: int) -> str:
@@ -27,7 +34,7 @@ def committed(run_dir: str, folder: str) -> list[dict[str, Any]]:
     found = []
     for name in storage.list_names(base):
         uri = storage.join(base, name)
-        if not name.endswith("-embeddings") and storage.is_committed(uri):
+        if _FINISHED.fullmatch(name) and storage.is_committed(uri):
             epoch = int(name.removeprefix("epoch-"))
             found.append(storage.read_manifest(uri, _KINDS[folder]) | {"epoch": epoch})
     return found

@@ -11,14 +11,12 @@ goes on where the last one stopped:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TextIO
+from contextlib import nullcontext
+from typing import Any
 
 import yaml
 from tensorboardX import SummaryWriter
@@ -31,14 +29,15 @@ from qure_core.data.world import make_world
 from qure_core.embedding import embed_splits
 from qure_core.errors import InputError
 from qure_core.evaluation.stage import evaluate_checkpoint, evaluation_job
+from qure_core.lease import hold
 from qure_core.mining.stage import check_corpora, mine_round, mining_job, round_table
 from qure_core.model import build_model, learn_tokenizer, load_model
 from qure_core.model.pretrained import load_tokenizer
-from qure_core.report.build import build_report, example_queries
+from qure_core.report.build import build_report
 from qure_core.resources import Plan, connect, plan_resources
 from qure_core.seeds import derive
 from qure_core.training.checkpoints import checkpoint_uri, latest_epoch, save_checkpoint
-from qure_core.training.layout import committed, evaluation_uri, round_uri
+from qure_core.training.layout import committed, evaluation_uri, round_uri, rounds_uri
 from qure_core.training.schedule import evaluation_epochs, mining_epochs, stage_boundaries
 from qure_core.training.segment import Segment
 from qure_core.training.trainer import run_segment
@@ -58,33 +57,12 @@ _FREE = {
     "mining.corpus_shards",
     "mining.memory_mb",
     "mining.query_block",
+    "mining.engine",
+    "mining.corpus_range",
     "train.keep_checkpoints",
     "train.log_every",
     "report.examples",
 }
-
-
-@contextmanager
-def sole_user(run_dir: str) -> Iterator[None]:
-    """Hold the run directory: a second job on the same local directory is refused."""
-    if not storage.is_local(run_dir):
-        yield
-        return
-    path = os.path.join(storage.filesystem(run_dir)[1], ".lock")
-    file: TextIO
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"run.dir: {run_dir} is in use by {file.read().strip() or 'another job'}; "
-                "wait for it, or choose another --run.dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        yield
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -200,7 +178,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Run the job to its end and return its summary; what is already done is not done again."""
     run_dir, train_settings = settings.run.dir, settings.train
     storage.check_writable(run_dir, "run.dir")
-    with sole_user(run_dir):
+    with hold(run_dir, "training"):
         save_config(settings)
         connect()
         plan = plan_resources(settings.cluster)
@@ -211,8 +189,6 @@ def run(settings: Settings) -> dict[str, Any]:
         evaluations = evaluation_epochs(train_settings)
         stops = stage_boundaries(train_settings)
         keep = tuple(stops)
-        examples = example_queries(train, settings.report.examples, settings.run.seed)
-        curves = {triplet.query_id for triplet in examples}
         mined_at: int | None = None
         done = latest_epoch(run_dir, "train") or 0
         for stop, following in zip(stops, [*stops[1:], None], strict=True):
@@ -220,32 +196,31 @@ def run(settings: Settings) -> dict[str, Any]:
             evaluation = evaluation_uri(run_dir, stop) if stop in evaluations else None
             mines = stop in minings and train_settings.negatives == "steep_drops"
             mined = round_uri(run_dir, stop) if mines else None
-            jobs = []
-            if evaluation and not storage.is_committed(evaluation):
-                jobs.append(evaluation_job(settings, val, evaluation))
-            if mined and not storage.is_committed(mined):
-                jobs.append(mining_job(train, corpora, mined))
-            # Both at once: starting the actors is most of the cost on small data.
-            if jobs:
-                embed_splits(
-                    checkpoint,
-                    jobs,
-                    settings.cluster,
-                    plan,
-                    settings.data.max_image_pixels,
-                    settings.mining.corpus_shards,
-                )
-            if evaluation:
-                manifest = evaluate_checkpoint(
-                    settings, plan, checkpoint, val, evaluation, evaluations[stop]
-                )
-                print(describe_evaluation(manifest), flush=True)
-            if mined:
-                mined_at = stop
-                manifest = mine_round(
-                    settings, plan, checkpoint, train, corpora, mined, stop, curves
-                )
-                print(round_table(manifest) + f"\n  written to {mined}", flush=True)
+            with hold(rounds_uri(run_dir), "mining") if mined else nullcontext():
+                jobs = []
+                if evaluation and not storage.is_committed(evaluation):
+                    jobs.append(evaluation_job(settings, val, evaluation))
+                if mined and not storage.is_committed(mined):
+                    jobs.append(mining_job(train, corpora, mined, settings.mining.stored))
+                # Both at once: starting the actors is most of the cost on small data.
+                if jobs:
+                    embed_splits(
+                        checkpoint,
+                        jobs,
+                        settings.cluster,
+                        plan,
+                        settings.data.max_image_pixels,
+                        settings.mining.corpus_shards,
+                    )
+                if evaluation:
+                    manifest = evaluate_checkpoint(
+                        settings, plan, checkpoint, val, evaluation, evaluations[stop]
+                    )
+                    print(describe_evaluation(manifest), flush=True)
+                if mined:
+                    mined_at = stop
+                    manifest = mine_round(settings, plan, checkpoint, train, corpora, mined, stop)
+                    print(round_table(manifest) + f"\n  written to {mined}", flush=True)
             if following is not None and done < following:
                 segment = Segment(
                     stage="train",

@@ -20,7 +20,7 @@ import numpy as np
 
 from qure_core import storage
 from qure_core.data.schema import Triplet
-from qure_core.embedding import _write
+from qure_core.embedding import write_shard
 from qure_core.embedding_shards import EMBEDDINGS_KIND
 from qure_core.mining.stage import _mine_block
 from qure_core.scoring import make_blocks
@@ -43,9 +43,9 @@ def write_embeddings(uri: str, images: list[str], triplets: list[Triplet]) -> No
         first, last = len(triplets) * shard // shards, len(triplets) * (shard + 1) // shards
         queries = [t.query_id for t in triplets[first:last]]
         values = rng.standard_normal((len(ids), TOKENS, WIDTH), np.float32)
-        _write(uri, f"images-{shard:05d}.arrow", ids, values)
+        write_shard(uri, f"images-{shard:05d}.arrow", ids, values)
         vectors = rng.standard_normal((len(queries), WIDTH), np.float32)
-        _write(uri, f"queries-{shard:05d}.arrow", queries, vectors)
+        write_shard(uri, f"queries-{shard:05d}.arrow", queries, vectors)
         names += [f"{kind}-{shard:05d}.arrow" for kind in ("images", "queries")]
     facts = {"shards": shards, "tokens": TOKENS, "width": WIDTH}
     storage.write_manifest(uri, EMBEDDINGS_KIND, facts, names)

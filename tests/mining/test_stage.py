@@ -18,7 +18,7 @@ from qure_core.data import Split, load_split, mining_galleries
 from qure_core.data.images import load_image
 from qure_core.errors import InputError
 from qure_core.mining import STATUSES, read_mined_set, steep_drop_negatives
-from qure_core.mining.mined_set import MINED_SCHEMA, read_curves
+from qure_core.mining.mined_set import MINED_SCHEMA
 from qure_core.mining.stage import check_corpora, mine_round, round_table
 from qure_core.model import QuReModel, QuReProcessor, build_model, learn_tokenizer
 from qure_core.resources import plan_resources
@@ -50,9 +50,8 @@ def mine(
     settings = Settings(
         mining=changes, cluster={"embed_batch": 16, "gpus": "none"}, data={"mining_corpus": "split"}
     )
-    curves = {data[0].triplets[0].query_id}
     plan = plan_resources(settings.cluster)
-    return mine_round(settings, plan, checkpoint, *data, output, 3, curves)
+    return mine_round(settings, plan, checkpoint, *data, output, 3)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +169,8 @@ def test_many_tiles_do_not_change_scores(tmp_path: Path, local_ray: None) -> Non
                 with pa.ipc.new_file(str(folder / name), table.schema) as writer:
                     writer.write_table(table)
                 names.append(name)
-        facts = {"shards": shards, "tokens": 4, "width": 32}
+        starts = [ids[len(ids) * shard // shards] for shard in range(shards)]
+        facts = {"shards": shards, "tokens": 4, "width": 32, "first_ids": starts}
         storage.write_manifest(str(folder), EMBEDDINGS_KIND, facts, names)
         return EmbeddingShards.open(str(folder))
 
@@ -195,7 +195,7 @@ def test_manifest_commits_the_round(
         == len(data[0].triplets)
         == sum(manifest["statistics"]["statuses"].values())
     )
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert manifest["settings"]["exclude_reference"] is True
     assert manifest["peak_task_memory_mb"] > 0
     table = round_table(manifest)
@@ -206,11 +206,15 @@ def test_manifest_commits_the_round(
         "target - negatives",
         "embed",
         "sort and cut",
+        "steepness of drops",
     ):
         assert part in table
     assert not Path(f"{mined}-embeddings").exists()
-    curve = read_curves(read_mined_set(mined))[data[0].triplets[0].query_id]
-    assert (np.diff(curve) <= 0).all()
+    query = data[0].triplets[0].query_id
+    row = read_mined_set(mined).rows([query])[query]
+    assert (np.diff(row["curve_scores"]) <= 0).all()
+    assert (np.diff(row["curve_ranks"]) > 0).all()
+    assert row["target_rank"] in row["curve_ranks"]
     # A second call finds the committed round and does nothing.
     before = (Path(mined) / "manifest.json").stat().st_mtime_ns
     mine(data, checkpoint[0], mined)

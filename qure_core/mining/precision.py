@@ -1,0 +1,58 @@
+"""What reduced precision costs: a sample of a round's queries mined again in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from qure_core import storage
+from qure_core.mining.tasks import RoundTask, fp32_rows, part_name
+from qure_core.parquet import read_parquet
+from qure_core.resources import Plan
+from qure_core.scoring import QueryBlock, map_blocks
+from qure_core.seeds import derive
+
+SAMPLED = 256
+
+
+def precision_check(task: RoundTask, blocks: Sequence[QueryBlock], plan: Plan) -> dict[str, int]:
+    """How many of up to `SAMPLED` queries have other drops in fp32: "sampled" and "changed".
+
+    Drops are the same if status and both positions below the target are.
+    """
+    names = sorted(
+        (t.query_id for block in blocks for t in block.triplets),
+        key=lambda name: derive(task.seed, "precision sample", task.epoch, name),
+    )
+    chosen = set(names[:SAMPLED])
+    some = [
+        replace(block, triplets=tuple(t for t in block.triplets if t.query_id in chosen))
+        for block in blocks
+    ]
+    rows = map_blocks(
+        f"mine epoch {task.epoch}: compare with fp32",
+        some,
+        _compare,
+        arguments={"task": task},
+        resources=plan.score,
+        parts=[(block.number, 0) for block in some if block.triplets],
+    )
+    return {
+        "sampled": sum(int(row["sampled"]) for row in rows),
+        "changed": sum(int(row["changed"]) for row in rows),
+    }
+
+
+def _compare(block: QueryBlock, part: int, task: RoundTask) -> dict[str, Any]:
+    columns = ["query_id", "status", "target_rank", "upper_drop", "lower_drop"]
+    table = read_parquet(storage.join(task.output, part_name(block.number)), columns)
+    mined = {row["query_id"]: row for row in table.to_pylist()}
+
+    def drops(row: dict[str, Any]) -> tuple[Any, ...]:
+        both = (row["upper_drop"], row["lower_drop"])
+        return row["status"], *(d and d["rank"] - row["target_rank"] for d in both)
+
+    exact = fp32_rows(block, task).select(columns).to_pylist()
+    changed = sum(drops(row) != drops(mined[row["query_id"]]) for row in exact)
+    return {"sampled": len(exact), "changed": changed}

@@ -1,0 +1,314 @@
+"""The tasks of a mining round: each reads committed embeddings and writes one file.
+
+A task whose file is already there reads it instead of computing it again, so a round that was
+killed goes on from the files it has.
+"""
+
+from __future__ import annotations
+
+import io
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from qure_core import storage
+from qure_core.embedding_shards import EmbeddingShards
+from qure_core.mining.rule import STATUSES, DropRule
+from qure_core.mining.sampling import image_words, query_words, threshold_for
+from qure_core.mining.sketch import BUCKETS, ENDS, Anchors, Summary, merged
+from qure_core.mining.steep_drops import steep_drop_negatives
+from qure_core.mining.streaming import settle_all, summarise_chunks
+from qure_core.mining.table import MinedRow, rows_of, to_table
+from qure_core.parquet import read_parquet, write_parquet
+from qure_core.scoring import (
+    IMAGE_TILE,
+    QUERY_TILE,
+    QueryBlock,
+    Scorer,
+    query_embeddings,
+    score_block,
+    score_chunks,
+)
+
+# Sorting a row keeps its scores, keys, drops and masks: about this many bytes a score.
+SORT_BYTES = 40
+CHUNK_COLUMNS = 32_768  # images whose scores a streaming task holds at a time
+RANGE_COLUMNS = 262_144  # images of a corpus that one task summarises
+MERGED_AT_ONCE = 8
+_SAMPLED_PER_WANTED = 32  # keys kept by priority for each negative wanted
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RoundTask:
+    """What every task of a round must know."""
+
+    embeddings_uri: str
+    output: str
+    scratch: str
+    seed: int
+    epoch: int
+    exclude_reference: bool
+    rule: DropRule
+    max_negatives: int | None
+    precision: str
+    memory_bytes: int
+
+    def words(self, block: QueryBlock) -> tuple[Tensor, Tensor | None]:
+        """Sampling words of the block's queries and of its corpus; none unless sets are sampled."""
+        queries = query_words([t.query_id for t in block.triplets], self.seed, self.epoch)
+        return queries, image_words(block.corpus) if self.max_negatives else None
+
+    def columns(self, block: QueryBlock) -> tuple[Tensor, Tensor]:
+        """Columns of the block's targets, and of its references or -1."""
+        names = {str(t.target_id) for t in block.triplets} | {
+            t.reference_id for t in block.triplets
+        }
+        column = {image_id: i for i, image_id in enumerate(block.corpus) if image_id in names}
+        target_Q = torch.tensor([column[str(t.target_id)] for t in block.triplets])
+        reference_Q = torch.full_like(target_Q, -1)
+        if self.exclude_reference:
+            reference_Q = torch.tensor([column.get(t.reference_id, -1) for t in block.triplets])
+        return target_Q, reference_Q
+
+
+def part_name(block: int) -> str:
+    return f"part-{block:05d}.parquet"
+
+
+def mine_by_sorting(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
+    """Score a block against its whole corpus, sort, cut, and write its part."""
+    return _part(block, task, lambda: _sorted_rows(block, task, DTYPES[task.precision]))
+
+
+def _sorted_rows(
+    block: QueryBlock, task: RoundTask, dtype: torch.dtype
+) -> tuple[list[MinedRow], dict[str, float]]:
+    started = time.monotonic()
+    scores_QM = score_block(EmbeddingShards.open(task.embeddings_uri), block, dtype)
+    scored = time.monotonic()
+    target_Q, reference_Q = task.columns(block)
+    query_word_Q, image_word_M = task.words(block)
+    rows: list[MinedRow] = []
+    held = task.memory_bytes // 2 // (SORT_BYTES * len(block.corpus))
+    step = min(max(1, held), QUERY_TILE)
+    for first in range(0, len(block.triplets), step):
+        part = slice(first, first + step)
+        drops = steep_drop_negatives(scores_QM[part], target_Q[part], reference_Q[part], task.rule)
+        rows += rows_of(drops, query_word_Q[part], image_word_M, task.max_negatives)
+    return rows, {"score": scored - started, "cut": time.monotonic() - scored}
+
+
+def _part(
+    block: QueryBlock,
+    task: RoundTask,
+    mine: Callable[[], tuple[list[MinedRow], dict[str, float]]],
+) -> dict[str, Any]:
+    uri = storage.join(task.output, part_name(block.number))
+    seconds: dict[str, float] = {}
+    if storage.exists(uri):
+        table = read_parquet(uri)
+    else:
+        rows, seconds = mine()
+        started = time.monotonic()
+        table = to_table(block.triplets, block.corpus, rows)
+        write_parquet(uri, table)
+        seconds["write"] = time.monotonic() - started
+    times = {f"{name}_seconds": seconds.get(name, 0.0) for name in ("score", "cut", "write")}
+    return block_statistics(table) | times | {"peak_mb": _peak_mb()}
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def block_statistics(table: pa.Table) -> dict[str, Any]:
+    """Small per-query numbers that the driver merges: sizes, margins, ranks, statuses."""
+    means = [float(np.mean(scores.values.to_numpy())) for scores in table["negative_scores"]]
+    margin = table["target_score"].to_numpy() - np.asarray(means, np.float32)
+    codes = [STATUSES.index(name) for name in table["status"].to_pylist()]
+    steepness = table["steepness"].to_numpy()
+    return {
+        "sizes": table["num_negatives"].to_numpy().astype(np.int64),
+        "margins": margin.astype(np.float32),
+        "ranks": table["target_rank"].to_numpy().astype(np.int64),
+        "codes": np.asarray(codes, np.int64),
+        "steepness": np.asarray(steepness, np.float64),
+    }
+
+
+# The streaming engine: anchors of a block, a summary of each range of its corpus, then merging.
+
+
+def ranges_of(block: QueryBlock, columns: int | None) -> list[tuple[int, int]]:
+    """The corpus of a block in ranges of about ``columns`` images, on the grid of tiles."""
+    size = -(-(columns or RANGE_COLUMNS) // IMAGE_TILE) * IMAGE_TILE
+    images = len(block.corpus)
+    return [(first, min(first + size, images)) for first in range(0, images, size)]
+
+
+def anchors_name(block: int) -> str:
+    return f"anchors-{block:05d}.npz"
+
+
+def summary_name(block: int, level: int, number: int) -> str:
+    return f"summary-{block:05d}-{level}-{number:05d}.npz"
+
+
+def write_anchors(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
+    """Score each query's target and a few images, and write what streaming must know first."""
+    uri = storage.join(task.scratch, anchors_name(block.number))
+    if not storage.exists(uri):
+        embeddings = EmbeddingShards.open(task.embeddings_uri)
+        target_Q, reference_Q = task.columns(block)
+        query_QD = query_embeddings(embeddings, [t.query_id for t in block.triplets])
+        few = np.unique(np.linspace(0, len(block.corpus) - 1, IMAGE_TILE).astype(np.int64)).tolist()
+        wanted = {block.corpus[i] for i in [*target_Q.tolist(), *few]}
+        image_of = embeddings.some_images(wanted)
+        few_TMD = _tile([image_of[block.corpus[i]] for i in few])
+        scores, lows = [], []
+        for first in range(0, len(query_QD), QUERY_TILE):
+            part = slice(first, first + QUERY_TILE)
+            scorer = Scorer(query_QD[part], DTYPES[task.precision])
+            # A whole tile of targets, so that their scores have the bits of any other tile's.
+            own = [block.corpus[i] for i in target_Q[part].tolist()]
+            own += [own[0]] * (IMAGE_TILE - len(own))
+            tile_QM = torch.empty(scorer.queries, IMAGE_TILE, device=scorer.device)
+            scorer(_tile([image_of[name] for name in own]), tile_QM)
+            scores.append(tile_QM.diagonal().cpu())
+            few_QM = torch.empty(scorer.queries, len(few), device=scorer.device)
+            scorer(few_TMD, few_QM)
+            lows.append(few_QM.amin(dim=1).cpu())
+        file = io.BytesIO()
+        np.savez(
+            file,
+            target_score=torch.cat(scores).numpy(),
+            low=torch.cat(lows).numpy(),
+            target=target_Q.numpy(),
+            reference=reference_Q.numpy(),
+        )
+        storage.write_bytes(uri, file.getvalue())
+    return {"peak_mb": _peak_mb()}
+
+
+def _tile(images: Sequence[np.ndarray]) -> Tensor:
+    """Images [T, D] as a tile [T, m, D], float32."""
+    return torch.from_numpy(np.stack(images, axis=1).astype(np.float32))
+
+
+def _read_anchors(block: QueryBlock, task: RoundTask) -> tuple[Tensor, Anchors, Tensor | None]:
+    data = storage.read_bytes(storage.join(task.scratch, anchors_name(block.number)))
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        known = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    query_word_Q, image_word_M = task.words(block)
+    threshold = 0
+    if task.max_negatives:
+        threshold = threshold_for(task.max_negatives * _SAMPLED_PER_WANTED, len(block.corpus))
+    anchors = Anchors.of(
+        known["target_score"],
+        known["target"],
+        known["reference"],
+        known["low"],
+        query_word_Q,
+        threshold,
+    )
+    return known["target_score"], anchors, image_word_M
+
+
+def summary_bytes(max_negatives: int | None) -> int:
+    """About how many bytes a query's summary takes."""
+    kept = 24 * (max_negatives or 0) * _SAMPLED_PER_WANTED
+    return 24 * BUCKETS + 16 * ENDS + kept
+
+
+def write_summary(
+    block: QueryBlock, part: int, task: RoundTask, columns: int | None
+) -> dict[str, Any]:
+    """Score a block against one range of its corpus and write the summary."""
+    uri = storage.join(task.scratch, summary_name(block.number, 0, part))
+    started = time.monotonic()
+    if not storage.exists(uri):
+        embeddings = EmbeddingShards.open(task.embeddings_uri)
+        first, last = ranges_of(block, columns)[part]
+        target_score_Q, anchors, image_word_M = _read_anchors(block, task)
+        query_QD = query_embeddings(embeddings, [t.query_id for t in block.triplets])
+        scorer = Scorer(query_QD, DTYPES[task.precision])
+        anchors = anchors.to(scorer.device)
+        summary = summarise_chunks(
+            score_chunks(scorer, embeddings, block.corpus, CHUNK_COLUMNS, first, last),
+            target_score_Q.to(scorer.device),
+            anchors,
+            None if image_word_M is None else image_word_M.to(scorer.device),
+        )
+        storage.write_bytes(uri, summary.to_bytes())
+    return {"score_seconds": time.monotonic() - started, "peak_mb": _peak_mb()}
+
+
+def _read_summaries(task: RoundTask, names: Sequence[str]) -> Iterator[Summary]:
+    for name in names:
+        yield Summary.from_bytes(storage.read_bytes(storage.join(task.scratch, name)))
+
+
+def merge_summaries(
+    block: QueryBlock, part: int, task: RoundTask, level: int, count: int
+) -> dict[str, Any]:
+    """Merge up to `MERGED_AT_ONCE` of a level's ``count`` summaries into one of the next level."""
+    uri = storage.join(task.scratch, summary_name(block.number, level + 1, part))
+    if not storage.exists(uri):
+        first = part * MERGED_AT_ONCE
+        numbers = range(first, min(first + MERGED_AT_ONCE, count))
+        names = [summary_name(block.number, level, number) for number in numbers]
+        storage.write_bytes(uri, merged(_read_summaries(task, names)).to_bytes())
+    return {"peak_mb": _peak_mb()}
+
+
+def mine_by_streaming(block: QueryBlock, task: RoundTask, levels: Sequence[int]) -> dict[str, Any]:
+    """Settle a block's queries from its merged summary and write its part.
+
+    ``levels`` tells, per block, at which level of merging one summary is left.
+    """
+    seconds_looked: list[int] = []
+
+    def mine() -> tuple[list[MinedRow], dict[str, float]]:
+        started = time.monotonic()
+        name = summary_name(block.number, levels[block.number], 0)
+        (summary,) = _read_summaries(task, [name])
+        _, anchors, image_word_M = _read_anchors(block, task)
+        embeddings = EmbeddingShards.open(task.embeddings_uri)
+        query_QD = query_embeddings(embeddings, [t.query_id for t in block.triplets])
+
+        def chunks(rows: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+            scorer = Scorer(query_QD[list(rows)], DTYPES[task.precision])
+            for first, scores in score_chunks(scorer, embeddings, block.corpus, CHUNK_COLUMNS):
+                yield first, scores.cpu()
+
+        def rows_at_once(asked: Sequence[int]) -> int:
+            # A key is held twice while its range is sorted; a row's chunk is scored and keyed.
+            used = np.cumsum([16 * keys + 24 * CHUNK_COLUMNS for keys in asked])
+            return max(1, int((used <= task.memory_bytes).sum()))
+
+        rows, looked = settle_all(
+            summary, anchors, task.rule, task.max_negatives, chunks, image_word_M, rows_at_once
+        )
+        seconds_looked.append(looked)
+        return rows, {"cut": time.monotonic() - started}
+
+    return _part(block, task, mine) | {"second_looks": sum(seconds_looked)}
+
+
+def fp32_rows(block: QueryBlock, task: RoundTask) -> pa.Table:
+    """A block's rows by sorting in fp32, in passes that fit the memory."""
+    step = max(1, task.memory_bytes // 4 // (4 * len(block.corpus)))
+    tables = []
+    for first in range(0, len(block.triplets), step):
+        part = replace(block, triplets=block.triplets[first : first + step])
+        rows, _ = _sorted_rows(part, task, torch.float32)
+        tables.append(to_table(part.triplets, part.corpus, rows))
+    return pa.concat_tables(tables).unify_dictionaries()
