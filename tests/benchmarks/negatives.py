@@ -83,7 +83,9 @@ def overlap(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 
 def figures(run: Path) -> dict[str, Any]:
     train_split = read_split(str(run / "data/train"))
-    rounds = [read_mined_set(round_uri(str(run), m["epoch"])) for m in committed(str(run), "rounds")]
+    rounds = [
+        read_mined_set(round_uri(str(run), m["epoch"])) for m in committed(str(run), "rounds")
+    ]
     last = committed(str(run), "evaluations")[-1]["metrics"]
     row: dict[str, Any] = {
         "R@10": last["recall"]["average"]["R@10"],

@@ -1,0 +1,59 @@
+"""Committed random embeddings of images and queries without files, for measurements and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from qure_core import storage
+from qure_core.data.schema import Split, Triplet
+from qure_core.embedding import write_shard
+from qure_core.embedding_shards import EMBEDDINGS_KIND
+
+
+def make_split(queries: int, images: int, seed: int = 0) -> Split:
+    """Queries with random targets and references over one category of images without files."""
+    rng = np.random.default_rng(seed)
+    ids = tuple(f"i{n:08d}" for n in range(images))
+    triplets = tuple(
+        Triplet(f"q{n:07d}", ids[rng.integers(images)], "t", ids[rng.integers(images)], "all")
+        for n in range(queries)
+    )
+    return Split("train", triplets, dict.fromkeys(ids, ""), {"all": ids})
+
+
+def unit_vectors(shape: Sequence[int], seed: int, dtype: torch.dtype) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, generator=generator)
+    return torch.nn.functional.normalize(values, dim=-1).to(dtype).numpy()
+
+
+def write_embeddings(
+    uri: str,
+    split: Split,
+    *,
+    tokens: int,
+    width: int,
+    shard: int,
+    dtype: torch.dtype = torch.float32,
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Commit random embeddings of a split's images and queries, ``shard`` images a file."""
+    ids = list(split.galleries["all"])
+    names, first_ids = [], []
+    shards = -(-len(ids) // shard)
+    for number in range(shards):
+        own = ids[number * shard : (number + 1) * shard]
+        bounds = [len(split.triplets) * n // shards for n in (number, number + 1)]
+        queries = [t.query_id for t in split.triplets[slice(*bounds)]]
+        values = unit_vectors((len(own), tokens, width), 2 * number, dtype)
+        vectors = unit_vectors((len(queries), width), 2 * number + 1, torch.float32)
+        write_shard(uri, f"images-{number:05d}.arrow", own, values)
+        write_shard(uri, f"queries-{number:05d}.arrow", queries, vectors)
+        names += [f"{kind}-{number:05d}.arrow" for kind in ("images", "queries")]
+        first_ids.append(own[0])
+    shapes = {"shards": shards, "tokens": tokens, "width": width, "first_ids": first_ids}
+    storage.write_manifest(uri, EMBEDDINGS_KIND, shapes | {"seconds": 0.0} | (facts or {}), names)

@@ -1,0 +1,242 @@
+"""A mining round by either engine: the same set from any cut, any interruption, any holder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+from benchmarks.synthetic import make_split, write_embeddings
+from conftest import ROOT
+
+from qure_core import storage
+from qure_core.config import Settings
+from qure_core.embedding_shards import CHECKPOINT_KIND
+from qure_core.errors import BusyError
+from qure_core.lease import hold
+from qure_core.mining import read_mined_set
+from qure_core.mining.stage import mine_round, mining_job, round_table
+from qure_core.resources import plan_resources
+
+SPLIT = make_split(queries=600, images=3000)
+
+
+def settings_of(**mining: Any) -> Settings:
+    return Settings(mining=mining, cluster={"gpus": "none"})
+
+
+def prepare(folder: Path, **mining: Any) -> str:
+    """A checkpoint's manifest and the embeddings it would give; returns the checkpoint."""
+    checkpoint = str(folder / "checkpoint")
+    if not storage.is_committed(checkpoint):
+        with storage.committed_directory(checkpoint, CHECKPOINT_KIND) as (files, _):
+            (files / "model.safetensors").write_bytes(b"weights")
+    settings = settings_of(**mining)
+    job = mining_job(SPLIT, SPLIT.galleries, str(folder / "round"), settings.mining.stored)
+    facts = {
+        "checkpoint": hashlib.sha256(b"weights").hexdigest(),
+        "split": "train",
+        "inputs": job.digest(),
+        "batch": settings.cluster.embed_batch,
+    }
+    write_embeddings(job.output, SPLIT, tokens=2, width=8, shard=700, facts=facts)
+    return checkpoint
+
+
+def mine(folder: Path, **mining: Any) -> dict[str, Any]:
+    settings = settings_of(**mining)
+    plan = plan_resources(settings.cluster)
+    checkpoint = prepare(folder, **mining)
+    return mine_round(settings, plan, checkpoint, SPLIT, SPLIT.galleries, str(folder / "round"), 3)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The set without its curve, whose points are the engine's choice; scores to the last bit."""
+    table = read_mined_set(str(folder / "round")).table.drop_columns(
+        ["curve_ranks", "curve_scores"]
+    )
+    place = table.schema.get_field_index("negative_ids")
+    plain = table["negative_ids"].cast(pa.large_list(pa.string()))
+    table = table.set_column(place, "negative_ids", plain)
+    rows: list[dict[str, Any]] = table.sort_by("query_id").to_pylist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> list[dict[str, Any]]:
+    """The set by sorting, of at most 40 negatives a query."""
+    folder = tmp_path_factory.mktemp("sampled")
+    manifest = mine(folder, engine="sort", max_negatives=40)
+    assert manifest["engine"] == "sort"
+    found = rows(folder)
+    assert {len(row["negative_ids"]) for row in found} > {40}
+    assert any(row["num_negatives"] > 40 for row in found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "mining",
+    [
+        {"engine": "streaming", "max_negatives": 40},
+        {"engine": "streaming", "max_negatives": 40, "corpus_range": 256, "query_block": 256},
+        {"engine": "sort", "max_negatives": 40, "query_block": 256},
+    ],
+)
+def test_engines_and_cuts_give_the_same_set(
+    sampled: list[dict[str, Any]], tmp_path: Path, mining: dict[str, Any]
+) -> None:
+    manifest = mine(tmp_path, **mining)
+    assert manifest["engine"] == mining["engine"]
+    assert rows(tmp_path) == sampled
+    assert not (tmp_path / "round-scratch").exists()
+    assert not (tmp_path / "round-embeddings").exists()
+    assert f"({mining['engine']} engine)" in round_table(manifest)
+
+
+def test_whole_sets_are_the_same_too(tmp_path: Path, local_ray: None) -> None:
+    for engine in ("sort", "streaming"):
+        mine(tmp_path / engine, engine=engine, window_quantile=0.5, min_steepness=2.0)
+    assert rows(tmp_path / "streaming") == rows(tmp_path / "sort")
+    statuses = {row["status"] for row in rows(tmp_path / "sort")}
+    assert {"steep", "smooth"} <= statuses
+
+
+def digests(folder: Path) -> dict[str, str]:
+    manifest = json.loads((folder / "round/manifest.json").read_text())
+    return {name: facts["sha256"] for name, facts in manifest["files"].items()}
+
+
+def test_a_killed_driver_a_killed_worker_and_a_deleted_file(
+    tmp_path: Path, local_ray: None
+) -> None:
+    """Each ends, with the same call again, in the same bytes."""
+    mining = {"engine": "streaming", "max_negatives": 40, "corpus_range": 256, "query_block": 256}
+    mine(tmp_path / "whole", **mining)
+
+    folder = tmp_path / "killed"
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from pathlib import Path\n"
+        "from mining.test_round import mine\n"
+        "from qure_core.resources import connect\n"
+        f"connect(); mine(Path(sys.argv[1]), **{mining!r})\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(ROOT / "tests")]
+    driver = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    scratch = folder / "round-scratch"
+    end = time.monotonic() + 120
+    while len(list(scratch.glob("summary-*"))) < 3 and time.monotonic() < end:
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    assert not (folder / "round/manifest.json").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in scratch.glob("summary-*")}
+    assert kept
+    # A summary that is lost is made again; the others are read.
+    next(iter(scratch.glob("summary-*"))).unlink()
+
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill_one_worker)
+        mine(folder, **mining)
+        assert killing.result()
+    assert digests(folder) == digests(tmp_path / "whole")
+
+    # A part that is deleted from a committed round: found out, and made again.
+    part = folder / "round/part-00001.parquet"
+    part.unlink()
+    before = (folder / "round/part-00000.parquet").stat().st_mtime_ns
+    mine(folder, **mining)
+    assert digests(folder) == digests(tmp_path / "whole")
+    assert (folder / "round/part-00000.parquet").stat().st_mtime_ns == before
+
+
+def kill_one_worker() -> bool:
+    """Kill the first process of this Ray that runs one of the round's tasks."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "MapBatches" in process.name() or "MapBatches" in " ".join(process.cmdline()):
+                    process.kill()
+                    return True
+        time.sleep(0.02)
+    return False
+
+
+def test_reduced_precision_says_what_it_changes(tmp_path: Path, local_ray: None) -> None:
+    manifest = mine(tmp_path, precision="bf16", stored="fp16")
+    check = manifest["precision_check"]
+    assert check["sampled"] == 256
+    assert 0 < check["changed"] < 256
+    assert "bf16 against fp32" in round_table(manifest)
+
+
+def test_a_directory_has_one_holder(tmp_path: Path) -> None:
+    directory = str(tmp_path / "rounds")
+    with (
+        hold(directory, "mining"),
+        pytest.raises(BusyError, match=r"in use: mining by process \d+ on "),
+        hold(directory, "mining"),
+    ):
+        pass
+    with hold(directory, "mining"):
+        pass  # given back
+    assert storage.list_names(directory) == []
+    # A holder that died on this machine is known at once.
+    code = (
+        "import os, sys\n"
+        "from qure_core.lease import hold\n"
+        "held = hold(sys.argv[1], 'mining')\n"
+        "held.__enter__()\n"
+        "os._exit(9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, directory], check=False, cwd=ROOT)
+    assert storage.list_names(directory) == [".mining.lease"]
+    started = time.monotonic()
+    with hold(directory, "mining"):
+        assert time.monotonic() - started < 10
+
+
+def test_a_holder_elsewhere_is_told_by_its_beat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No clock is compared: a file that changes is a holder that lives."""
+    monkeypatch.setattr("qure_core.lease.PATIENCE", 1.5)
+    directory = str(tmp_path / "rounds")
+    uri = storage.join(directory, ".mining.lease")
+    elsewhere: dict[str, Any] = {
+        "what": "mining",
+        "token": "a",
+        "host": "far",
+        "boot": "b",
+        "process": 1,
+        "beat": 0,
+    }
+    storage.write_json(uri, elsewhere)
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(0.3):
+            elsewhere["beat"] += 1
+            storage.write_json(uri, elsewhere)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(BusyError, match="mining by process 1 on far"), hold(directory, "mining"):
+        pass
+    stop.set()
+    thread.join()
+    with hold(directory, "mining"):  # silent for long enough: gone
+        assert storage.read_json(uri)["token"] != "a"
