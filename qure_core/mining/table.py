@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -56,13 +57,18 @@ class MinedRow:
     curve: tuple[np.ndarray, np.ndarray]
 
 
+@lru_cache(maxsize=64)
+def _spread(length: int) -> np.ndarray:
+    even = np.linspace(0, length - 1, _CURVE_POINTS)
+    return np.unique(np.concatenate([even, np.geomspace(1, length, _CURVE_POINTS) - 1]).astype(int))
+
+
 def curve_ranks(length: int, marks: Sequence[int]) -> np.ndarray:
-    """Ranks worth keeping of a ranking of ``length`` images: spread out, and dense at ``marks``."""
-    spread = np.linspace(0, length - 1, _CURVE_POINTS)
-    dense = np.geomspace(1, length, _CURVE_POINTS) - 1
-    around = [np.arange(mark - _CURVE_AROUND, mark + _CURVE_AROUND + 2) for mark in marks]
-    ranks = np.unique(np.concatenate([spread, dense, *around]).astype(np.int64))
-    return ranks[(ranks >= 0) & (ranks < length)]
+    """Ranks worth keeping of a ranking of ``length`` images: spread out, and all near ``marks``."""
+    around = np.add.outer(marks, np.arange(-_CURVE_AROUND, _CURVE_AROUND + 2)).ravel()
+    ranks = np.concatenate([_spread(length), around[(around >= 0) & (around < length)]])
+    ranks.sort()
+    return ranks[np.diff(ranks, prepend=-1) > 0]
 
 
 def sample_keys(
