@@ -177,7 +177,10 @@ class MiningSettings(_Section):
         "fp32", description="of the images' embeddings on disk; fp16 halves what is read"
     )
     corpus_range: int | None = Field(
-        None, ge=1, description="images that one streaming task summarises (default: 262,144)"
+        None,
+        ge=1,
+        description="images that one streaming task summarises (default: by corpus and "
+        "cluster, at most 262,144)",
     )
     corpus_shards: int | None = Field(
         None, ge=1, description="files the embeddings are split into (default: by size)"

@@ -33,6 +33,7 @@ class Plan:
     train: dict[str, float]
     embed: dict[str, Any]
     score: dict[str, Any]
+    slots: int  # scoring tasks that the cluster runs at once
 
 
 def plan_resources(cluster: ClusterSettings) -> Plan:
@@ -72,4 +73,5 @@ def plan_resources(cluster: ClusterSettings) -> Plan:
         train={"CPU": cluster.cpus_per_train_worker, "GPU": per_worker},
         embed={"num_cpus": cluster.cpus_per_embed_actor, "num_gpus": per_worker},
         score={"num_cpus": 1, "num_gpus": per_worker},
+        slots=max(1, gpus // per_worker if per_worker else cpus),
     )

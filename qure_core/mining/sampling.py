@@ -6,7 +6,7 @@ priority. So it is without replacement and the same under any shards, blocks or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -14,30 +14,38 @@ from torch import Tensor
 
 from qure_core.seeds import derive
 
-HIGHEST = torch.iinfo(torch.int64).max
-"""Priorities are uniform over 0 .. HIGHEST."""
+HIGHEST = torch.iinfo(torch.int32).max
+"""Priorities are uniform over 0 .. HIGHEST; equal ones are in the order of their places."""
 
-_MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687  # odd, of splitmix64
+_MIX_1, _MIX_2 = -2048144789, -1028477387  # of MurmurHash3's last step, as int32
+_WORD = 2**32
+
+
+def _words(values: Iterable[int]) -> Tensor:
+    return torch.from_numpy(
+        np.fromiter((value % _WORD for value in values), np.uint32).view(np.int32)
+    )
 
 
 def query_words(query_ids: Sequence[str], seed: int, epoch: int) -> Tensor:
-    """One word per query of a round: int64 [Q]."""
-    return torch.tensor([derive(seed, "negatives sample", epoch, name) for name in query_ids])
+    """One word per query of a round: int32 [Q]."""
+    return _words(derive(seed, "negatives sample", epoch, name) for name in query_ids)
 
 
 def image_words(image_ids: Sequence[str]) -> Tensor:
-    """One word per image: int64 [M]."""
-    return torch.tensor([derive("image", name) for name in image_ids])
+    """One word per image: int32 [M]."""
+    return _words(derive("image", name) for name in image_ids)
 
 
 def priorities(query_Q: Tensor, image_M: Tensor) -> Tensor:
-    """Priorities of images for queries, from broadcastable words; their broadcast shape."""
-    mixed = (query_Q ^ image_M) * _MIX_1
-    mixed ^= (mixed >> 32) & 0xFFFFFFFF
-    mixed *= _MIX_2
-    mixed ^= (mixed >> 29) & 0x7FFFFFFFF
+    """Priorities of images for queries, from words that broadcast: int32, of their shape."""
+    mixed = query_Q ^ image_M
+    mixed ^= (mixed >> 16) & 0xFFFF
     mixed *= _MIX_1
-    return (mixed >> 1) & HIGHEST
+    mixed ^= (mixed >> 13) & 0x7FFFF
+    mixed *= _MIX_2
+    mixed ^= (mixed >> 16) & 0xFFFF
+    return mixed & HIGHEST
 
 
 def threshold_for(wanted: int, count: int) -> int:
@@ -50,4 +58,4 @@ def lowest(priority_N: Tensor, wanted: int) -> Tensor:
     """Places of the ``wanted`` lowest priorities, ascending by place; all if there are fewer."""
     if wanted >= len(priority_N):
         return torch.arange(len(priority_N))
-    return priority_N.topk(wanted, largest=False).indices.sort().values
+    return priority_N.argsort(stable=True)[:wanted].sort().values

@@ -26,7 +26,7 @@ from qure_core.mining.steep_drops import refuse_bad_scores
 BUCKETS = 1024
 ENDS = 512
 FIRST_KEY = torch.iinfo(torch.int64).min
-_SLAB = 128  # rows sorted at a time, to bound the temporary copies
+_SLAB = 32  # rows sorted at a time, to bound the temporary copies
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Anchors:
         )
 
     def edges(self, target_score_Q: Tensor) -> Tensor:
-        """Bucket edges [Q, B + 1] as keys, evenly spaced in score, a quarter beyond ``low``."""
-        width_Q = ((target_score_Q - self.low_Q) * (1.25 / BUCKETS)).clamp(min=1e-7)
+        """Bucket edges [Q, B + 1] as keys, evenly spaced in score down to ``low``."""
+        width_Q = ((target_score_Q - self.low_Q) / (BUCKETS - 1)).clamp(min=1e-7)
         step_B = torch.arange(1, BUCKETS, device=width_Q.device)
         inner = target_score_Q[:, None] - width_Q[:, None] * step_B
         edges_QE = torch.full((len(width_Q), BUCKETS + 1), LAST_KEY, device=width_Q.device)

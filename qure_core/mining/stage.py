@@ -29,6 +29,7 @@ from qure_core.mining.rule import STATUSES, DropRule
 from qure_core.mining.tasks import (
     CHUNK_COLUMNS,
     MERGED_AT_ONCE,
+    RANGE_COLUMNS,
     RoundTask,
     merge_summaries,
     mine_by_sorting,
@@ -151,7 +152,8 @@ def _mine(
     layout = {"engine": engine, "blocks": [[b.category, len(b.triplets)] for b in blocks]}
     scratch = f"{output}-scratch"
     storage.resume(output, facts | layout)
-    storage.resume(scratch, facts | layout | {"range": mining.corpus_range})
+    columns = mining.corpus_range or _range_columns(blocks, plan)
+    storage.resume(scratch, facts | layout | {"range": columns})
     task = RoundTask(
         embeddings_uri=job.output,
         output=output,
@@ -172,7 +174,7 @@ def _mine(
         seconds = {"score": _total(rows, "score_seconds")}
         peaks = rows
     else:
-        rows, seconds, peaks = _stream(name, blocks, task, plan, mining.corpus_range)
+        rows, seconds, peaks = _stream(name, blocks, task, plan, columns)
     mined = time.monotonic()
     seconds = {
         "embed": embed_seconds,
@@ -203,8 +205,14 @@ def _total(rows: Sequence[dict[str, Any]], name: str) -> float:
     return round(sum(float(row[name]) for row in rows), 3)
 
 
+def _range_columns(blocks: Sequence[QueryBlock], plan: Plan) -> int:
+    """Images that one task summarises: as many as bounds its time, fewer if slots would idle."""
+    images = sum(len(block.corpus) for block in blocks)
+    return min(RANGE_COLUMNS, max(CHUNK_COLUMNS, -(-images // (2 * plan.slots))))
+
+
 def _stream(
-    name: str, blocks: list[QueryBlock], task: RoundTask, plan: Plan, columns: int | None
+    name: str, blocks: list[QueryBlock], task: RoundTask, plan: Plan, columns: int
 ) -> tuple[list[dict[str, Any]], dict[str, float], list[dict[str, Any]]]:
     """The streaming engine's steps: anchors, summaries, a tree of merges, and the cut."""
     arguments = {"task": task}
@@ -227,30 +235,25 @@ def _stream(
         scores=scores,
     )
     peaks += summaries
-    left = {number: len(own) for number, own in ranges.items()}
-    levels = dict.fromkeys(left, 0)
-    level = 0
-    while any(count > 1 for count in left.values()):
-        for count in sorted({c for c in left.values() if c > 1}):
-            own = [number for number, c in left.items() if c == count]
-            parts = [(n, part) for n in own for part in range(-(-count // MERGED_AT_ONCE))]
+    left = [(0, len(ranges[block.number])) for block in blocks]
+    while any(count > MERGED_AT_ONCE for _, count in left):
+        for level, count in sorted({item for item in left if item[1] > MERGED_AT_ONCE}):
+            fewer = -(-count // MERGED_AT_ONCE)
+            own = [number for number, item in enumerate(left) if item == (level, count)]
             peaks += map_blocks(
                 f"{name}: merge",
                 blocks,
                 merge_summaries,
                 arguments=arguments | {"level": level, "count": count},
-                parts=parts,
+                parts=[(number, part) for number in own for part in range(fewer)],
             )
-        for number, count in left.items():
-            if count > 1:
-                left[number] = -(-count // MERGED_AT_ONCE)
-                levels[number] = level + 1
-        level += 1
+            for number in own:
+                left[number] = (level + 1, fewer)
     rows = map_blocks(
         f"{name}: settle",
         blocks,
         mine_by_streaming,
-        arguments=arguments | {"levels": [levels[block.number] for block in blocks]},
+        arguments=arguments | {"left": left},
         resources=plan.score,
     )
     return rows, {"score and summarise": _total(summaries, "score_seconds")}, peaks + rows

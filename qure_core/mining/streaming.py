@@ -186,7 +186,7 @@ class QueryRanking:
 
     def _members(self, first: int, last: int, size: int, wanted: int | None) -> np.ndarray:
         """Keys of the range ``first .. last``, all ``size`` of them or the sample of ``wanted``."""
-        word = torch.tensor(self.word)
+        word = torch.tensor(self.word, dtype=torch.int32)
 
         def sampled(keys: np.ndarray) -> np.ndarray:
             assert wanted is not None

@@ -241,7 +241,7 @@ def corpus_round(folder: str, images: int, queries: int, engine: str) -> None:
 
 def corpus(folder: str, images: int, queries: int = 1000) -> None:
     rows = {}
-    for size in (100_000, images):
+    for size in sorted({100_000, images}):
         products = products_on_cores(size, queries)
         own = str(Path(folder) / f"{size}")
         for engine in ("streaming", "sort"):

@@ -115,7 +115,8 @@ def main() -> None:
         if name == "random":
             continue
         run = out / name.replace(" ", "-").replace(",", "")
-        branch(source, run, epoch)
+        if not (run / "summary.json").exists():  # a finished one is kept
+            branch(source, run, epoch)
         train(config, run, [*arguments, *more])
         table[name] = figures(run)
         print(name, json.dumps(table[name]), flush=True)
