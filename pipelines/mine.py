@@ -55,7 +55,7 @@ def mine(arguments: list[str]) -> None:
     )
     epoch = int(storage.read_manifest(checkpoint, CHECKPOINT_KIND)["epoch"])
     output = storage.resolve(chosen.output) if chosen.output else round_uri(settings.run.dir, epoch)
-    folder = output.rsplit("/", 1)[0]
+    folder, name = output.rsplit("/", 1)
     storage.check_writable(folder, "output" if chosen.output else "run.dir")
     split = load_split(settings.data, "train")
     corpora = mining_galleries(settings.data, split)
@@ -63,7 +63,8 @@ def mine(arguments: list[str]) -> None:
     if chosen.if_newer and storage.kept(output, MINED_KIND, facts):
         print(f"nothing to do: {checkpoint} is mined already\nmined set: {output}", flush=True)
         return
-    with hold(folder, "mining"):
+    # A run has one live round; elsewhere, an output has.
+    with hold(folder, "mining", name if chosen.output else None):
         connect()
         plan = plan_resources(settings.cluster)
         manifest = mine_round(settings, plan, checkpoint, split, corpora, output, epoch)

@@ -77,12 +77,12 @@ def _wait_for_silence(uri: str, holder: dict[str, Any]) -> None:
 
 
 @contextmanager
-def hold(directory: str, what: str) -> Iterator[None]:
-    """Hold ``directory`` while ``what`` goes on there.
+def hold(directory: str, what: str, name: str | None = None) -> Iterator[None]:
+    """Hold ``directory``, or what is called ``name`` in it, while ``what`` goes on there.
 
     Raises `BusyError`, which names the holder, if another process that lives holds it.
     """
-    uri = storage.join(directory, f".{what}.lease")
+    uri = storage.join(directory, f".{name or what}.lease")
     holder = _read(uri)
     if holder is not None:
         _wait_for_silence(uri, holder)

@@ -9,6 +9,7 @@ the directory is also renamed into place.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -273,6 +274,7 @@ def _download(uri: str, manifest_digest: str) -> str:
     """Fetch a remote directory once per process and content."""
     fs, path = filesystem(uri)
     target = tempfile.mkdtemp(prefix="qure-fetched-")
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
     fs.get(path.rstrip("/") + "/", target + "/", recursive=True)
     return target
 

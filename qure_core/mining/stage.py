@@ -295,9 +295,11 @@ def check_corpora(split: Split, corpora: dict[str, tuple[str, ...]]) -> None:
         )
 
 
+_POINTS = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
+
+
 def _quantiles(values: np.ndarray) -> dict[str, float]:
-    points = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
-    return {name: round(float(np.quantile(values, q)), 6) for name, q in points.items()}
+    return {name: round(float(np.quantile(values, q)), 6) for name, q in _POINTS.items()}
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -336,7 +338,7 @@ def round_table(manifest: dict[str, Any]) -> str:
         ("target_rank", "rank of the target", ",.0f"),
         ("steepness", "steepness of drops", ",.1f"),
     ):
-        values = "  ".join(f"{name} {value:{form}}" for name, value in statistics[key].items())
+        values = "  ".join(f"{name} {statistics[key][name]:{form}}" for name in _POINTS)
         lines.append(f"  {label:<24} {values}")
     times = "  ".join(f"{name} {value:.1f} s" for name, value in manifest["seconds"].items())
     lines.append(f"  time                     {times}")

@@ -36,6 +36,24 @@ def test_rayjob_runs_a_command_that_this_tree_accepts() -> None:
     assert job["spec"]["rayClusterSpec"]["authOptions"]["mode"] == "token"
 
 
+def test_cronjob_submits_a_command_that_this_tree_accepts() -> None:
+    job = yaml.safe_load((ROOT / "cluster/mining-cronjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "CronJob")
+    assert job["spec"]["concurrencyPolicy"] == "Forbid"
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    command = container["command"]
+    place = command.index("--")
+    assert command[:3] == ["ray", "job", "submit"]
+    inside = "/home/ray/qure/"
+    assert command[place + 1 : place + 3] == ["python", f"{inside}pipelines/mine.py"]
+    arguments = [word.replace(inside, f"{ROOT}/") for word in command[place + 3 :]]
+    arguments.remove("--if-newer")
+    settings, _ = load_settings(arguments, "mine.py", "")
+    rayjob = yaml.safe_load((ROOT / "cluster/rayjob.yaml").read_text())
+    assert f"--run.dir {settings.run.dir}" in rayjob["spec"]["entrypoint"]
+    assert f"--data.root {settings.data.root}" in rayjob["spec"]["entrypoint"]
+
+
 def test_container_file_copies_what_exists() -> None:
     for line in (ROOT / "cluster/Containerfile").read_text().splitlines():
         if line.startswith("COPY"):

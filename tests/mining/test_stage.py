@@ -107,9 +107,7 @@ def test_mined_set_against_an_independent_computation(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"corpus_shards": 1},
         {"corpus_shards": 2, "query_block": 1},
-        {"corpus_shards": 5, "query_block": QUERY_TILE},
         {"corpus_shards": 5, "memory_mb": 64},
     ],
 )

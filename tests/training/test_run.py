@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, Runner, job
+from PIL import Image
 from safetensors.torch import load_file
 
 from qure_core.evaluation.stage import read_rankings
+from qure_core.lease import hold
 from qure_core.mining import read_mined_set
 
 
@@ -199,4 +201,27 @@ def test_mine_alone_gives_the_rounds_bytes(
     for file in output.glob("part-*.parquet"):
         theirs = run_dir / "rounds/epoch-0002" / file.name
         assert file.read_bytes() == theirs.read_bytes()
-    shutil.rmtree(output)
+    # A scheduler's next call finds it mined; a person looks at it.
+    settings = [*job(world, run_dir), f"--checkpoint={run_dir}/checkpoints/train-0002"]
+    again = run_pipeline("mine", *settings, f"--output={output}", "--if-newer")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "nothing to do" in again.stdout
+    rows = read_mined_set(str(output)).table.select(["query_id", "negative_ids"]).to_pylist()
+    picture = tmp_path / "curve.png"
+    shown = run_pipeline(
+        "mine", "inspect", str(output), f"--query={rows[0]['query_id']}", f"--picture={picture}"
+    )
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    for part in ("negatives per query", "exclude_reference=True", "upper drop", "lower drop"):
+        assert part in shown.stdout
+    for image_id in rows[0]["negative_ids"][:5]:
+        assert image_id in shown.stdout
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert len(image.getcolors(10**6) or []) > 10
+    # And while another process holds the place, a third comes back later.
+    with hold(str(tmp_path), "mining", "other"):
+        busy = run_pipeline("mine", *settings, f"--output={tmp_path / 'other'}")
+    assert busy.returncode == 75
+    assert "in use: mining by process" in busy.stderr
+    assert "Traceback" not in busy.stderr
