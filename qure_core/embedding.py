@@ -25,7 +25,12 @@ from qure_core import storage
 from qure_core.config import ClusterSettings
 from qure_core.data.images import load_image
 from qure_core.data.schema import Split, Triplet
-from qure_core.embedding_shards import CHECKPOINT_KIND, EMBEDDINGS_KIND, checkpoint_digest
+from qure_core.embedding_shards import (
+    CHECKPOINT_KIND,
+    EMBEDDINGS_KIND,
+    checkpoint_digest,
+    shard_files,
+)
 from qure_core.errors import InputError
 from qure_core.progress import Progress
 from qure_core.resources import Plan
@@ -113,13 +118,9 @@ class _Embedder:
         number, output = int(shard["shard"]), str(shard["output"])
         images = _concatenate(image_parts, (config.query_tokens, config.embed_dim))
         vectors = _concatenate(query_parts, (config.embed_dim,))
-        write_shard(
-            output, f"images-{number:05d}.arrow", kept_ids, images.astype(str(shard["dtype"]))
-        )
-        shapes = {"tokens": config.query_tokens, "width": config.embed_dim}
-        storage.write_json(storage.join(output, SHAPES), shapes)
-        # Last: a shard is done when its queries are there.
-        write_shard(output, f"queries-{number:05d}.arrow", query_ids, vectors)
+        image_file, query_file = shard_files(number)
+        write_shard(output, image_file, kept_ids, images.astype(str(shard["dtype"])))
+        write_shard(output, query_file, query_ids, vectors)
         return {"images": len(image_ids)}
 
     def _decode(self, uris: Sequence[str], start: int) -> Iterator[np.ndarray]:
@@ -236,7 +237,7 @@ def embed_splits(
         own = _shards(job, cluster.embed_batch, shards)
         done = storage.resume(job.output, keys[job.output] | {"shards": len(own)})
         shards_of[job.output] = [row["image_id"][0][0] for row in own]
-        rows += [row for row in own if f"queries-{row['shard'][0]:05d}.arrow" not in done]
+        rows += [row for row in own if not set(shard_files(row["shard"][0])) <= done]
     if not shards_of:
         return
     started = time.monotonic()
@@ -284,7 +285,7 @@ def _embed_rows(
 def _commit(job: EmbedJob, key: dict[str, Any], first_ids: list[str], seconds: float) -> None:
     """Write the manifest of shards that are all there, whichever attempt made them."""
     numbers = range(len(first_ids))
-    files = [f"{kind}-{n:05d}.arrow" for n in numbers for kind in ("images", "queries")]
+    files = [name for number in numbers for name in shard_files(number)]
     shapes = storage.read_json(storage.join(job.output, SHAPES))
     description = key | {
         "images": len(job.corpus),

@@ -21,6 +21,11 @@ def checkpoint_digest(checkpoint: str) -> str:
     return digest
 
 
+def shard_files(number: int) -> tuple[str, str]:
+    """Names of a shard's files: of its images, and of the queries that start from them."""
+    return f"images-{number:05d}.arrow", f"queries-{number:05d}.arrow"
+
+
 @dataclass(frozen=True)
 class EmbeddingShards:
     """Committed embeddings, read shard by shard."""
@@ -47,8 +52,8 @@ class EmbeddingShards:
         start = max(bisect_right(self.first_ids, first_id) - 1, 0)
         return range(start, bisect_right(self.first_ids, last_id))
 
-    def _read(self, kind: str, shard: int) -> tuple[list[str], np.ndarray]:
-        uri = storage.join(self.uri, f"{kind}-{shard:05d}.arrow")
+    def _read(self, name: str) -> tuple[list[str], np.ndarray]:
+        uri = storage.join(self.uri, name)
         if storage.is_local(uri):
             source = pa.memory_map(storage.filesystem(uri)[1])
         else:
@@ -62,12 +67,12 @@ class EmbeddingShards:
 
     def images(self, shard: int) -> tuple[list[str], np.ndarray]:
         """Ids and embeddings [m, T, D] of one shard, sorted by id, in the type they are stored."""
-        ids, values = self._read("images", shard)
+        ids, values = self._read(shard_files(shard)[0])
         return ids, values.reshape(len(ids), self.tokens, self.width)
 
     def queries(self, shard: int) -> tuple[list[str], np.ndarray]:
         """Ids and embeddings [q, D] of one shard."""
-        ids, values = self._read("queries", shard)
+        ids, values = self._read(shard_files(shard)[1])
         return ids, values.reshape(len(ids), self.width)
 
     def some_images(self, image_ids: set[str]) -> dict[str, np.ndarray]:

@@ -16,13 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
+from synthetic import make_split, write_embeddings
 
-from qure_core import storage
-from qure_core.data.schema import Triplet
-from qure_core.embedding import write_shard
-from qure_core.embedding_shards import EMBEDDINGS_KIND
-from qure_core.mining.stage import _mine_block
+from qure_core.mining.rule import DropRule
+from qure_core.mining.tasks import RoundTask, mine_by_sorting
 from qure_core.scoring import make_blocks
 
 MEMORY_MB = 256
@@ -34,36 +31,16 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def write_embeddings(uri: str, images: list[str], triplets: list[Triplet]) -> None:
-    rng = np.random.default_rng(0)
-    names = []
-    shards = -(-len(images) // SHARD)
-    for shard in range(shards):
-        ids = images[shard * SHARD : (shard + 1) * SHARD]
-        first, last = len(triplets) * shard // shards, len(triplets) * (shard + 1) // shards
-        queries = [t.query_id for t in triplets[first:last]]
-        values = rng.standard_normal((len(ids), TOKENS, WIDTH), np.float32)
-        write_shard(uri, f"images-{shard:05d}.arrow", ids, values)
-        vectors = rng.standard_normal((len(queries), WIDTH), np.float32)
-        write_shard(uri, f"queries-{shard:05d}.arrow", queries, vectors)
-        names += [f"{kind}-{shard:05d}.arrow" for kind in ("images", "queries")]
-    facts = {"shards": shards, "tokens": TOKENS, "width": WIDTH}
-    storage.write_manifest(uri, EMBEDDINGS_KIND, facts, names)
-
-
 def measure(queries: int, images: int) -> None:
-    ids = [f"i{n:07d}" for n in range(images)]
-    rng = np.random.default_rng(1)
-    triplets = [
-        Triplet(f"q{n:07d}", ids[rng.integers(images)], "t", ids[rng.integers(images)], "all")
-        for n in range(queries)
-    ]
+    split = make_split(queries, images)
     with tempfile.TemporaryDirectory() as folder:
         uri = str(Path(folder) / "embeddings")
-        write_embeddings(uri, ids, triplets)
+        write_embeddings(uri, split, tokens=TOKENS, width=WIDTH, shard=SHARD)
+        memory = MEMORY_MB * 2**20
+        task = RoundTask(uri, folder, folder, 0, 0, True, DropRule(), None, "fp32", memory)
         before, started = peak_mb(), time.monotonic()
-        for block in make_blocks(triplets, {"all": tuple(ids)}, MEMORY_MB):
-            _mine_block(block, uri, folder, True, MEMORY_MB * 2**20, set())
+        for block in make_blocks(split.triplets, split.galleries, MEMORY_MB):
+            mine_by_sorting(block, task)
         seconds, peak = time.monotonic() - started, peak_mb() - before
     matrix = queries * images * 4 / 2**20
     print(

@@ -11,7 +11,7 @@ import torch
 from qure_core import storage
 from qure_core.data.schema import Split, Triplet
 from qure_core.embedding import write_shard
-from qure_core.embedding_shards import EMBEDDINGS_KIND
+from qure_core.embedding_shards import EMBEDDINGS_KIND, shard_files
 
 
 def make_split(queries: int, images: int, seed: int = 0) -> Split:
@@ -51,9 +51,10 @@ def write_embeddings(
         queries = [t.query_id for t in split.triplets[slice(*bounds)]]
         values = unit_vectors((len(own), tokens, width), 2 * number, dtype)
         vectors = unit_vectors((len(queries), width), 2 * number + 1, torch.float32)
-        write_shard(uri, f"images-{number:05d}.arrow", own, values)
-        write_shard(uri, f"queries-{number:05d}.arrow", queries, vectors)
-        names += [f"{kind}-{number:05d}.arrow" for kind in ("images", "queries")]
+        image_file, query_file = shard_files(number)
+        write_shard(uri, image_file, own, values)
+        write_shard(uri, query_file, queries, vectors)
+        names += [image_file, query_file]
         first_ids.append(own[0])
     shapes = {"shards": shards, "tokens": tokens, "width": width, "first_ids": first_ids}
     storage.write_manifest(uri, EMBEDDINGS_KIND, shapes | {"seconds": 0.0} | (facts or {}), names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from qure_core import storage
 from qure_core.config import DataSettings, Settings
 from qure_core.data import Split, load_split, mining_galleries
 from qure_core.data.images import load_image
+from qure_core.embedding import embed_splits
+from qure_core.embedding_shards import EmbeddingShards
 from qure_core.errors import InputError
 from qure_core.mining import STATUSES, read_mined_set, steep_drop_negatives
 from qure_core.mining.mined_set import MINED_SCHEMA
-from qure_core.mining.stage import check_corpora, mine_round, round_table
+from qure_core.mining.stage import check_corpora, mine_round, mining_job, round_table
 from qure_core.model import QuReModel, QuReProcessor, build_model, learn_tokenizer
 from qure_core.resources import plan_resources
 from qure_core.scoring import QUERY_TILE, make_blocks
@@ -137,10 +140,39 @@ def test_any_sharding_gives_the_same_set(
     assert manifest["statistics"] == expected.manifest["statistics"]
 
 
+def test_a_lost_shard_of_embeddings_is_made_again(
+    data: tuple[Split, dict[str, tuple[str, ...]]],
+    checkpoint: tuple[str, QuReModel, QuReProcessor],
+    tmp_path: Path,
+) -> None:
+    settings = Settings(cluster={"embed_batch": 16, "gpus": "none"})
+    job = mining_job(*data, str(tmp_path / "round"), "fp16")
+    uri = Path(job.output)
+
+    def embed() -> dict[str, bytes]:
+        plan = plan_resources(settings.cluster)
+        embed_splits(checkpoint[0], [job], settings.cluster, plan, 10**6, shards=4)
+        return {path.name: path.read_bytes() for path in uri.glob("*.arrow")}
+
+    first = embed()
+    assert len(first) == 8
+    (uri / "images-00001.arrow").write_bytes(b"cut short")
+    (uri / "queries-00003.arrow").unlink()
+    kept = (uri / "images-00002.arrow").stat().st_mtime_ns
+    assert embed() == first
+    assert (uri / "images-00002.arrow").stat().st_mtime_ns == kept
+    # Other inputs in the same place are embedded anew.
+    fewer = dataclasses.replace(job, corpus=frozenset(sorted(job.corpus)[:20]))
+    plan = plan_resources(settings.cluster)
+    embed_splits(checkpoint[0], [fewer], settings.cluster, plan, 10**6, shards=4)
+    ids = [name for shard in range(4) for name in EmbeddingShards.open(job.output).images(shard)[0]]
+    assert ids == sorted(fewer.corpus)
+
+
 def test_many_tiles_do_not_change_scores(tmp_path: Path, local_ray: None) -> None:
     """Tiles are cut from the whole lists, so a block of 128 or 384 queries scores the same."""
     from qure_core.data.schema import Triplet
-    from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards
+    from qure_core.embedding_shards import EMBEDDINGS_KIND
     from qure_core.scoring import QueryBlock, score_block
 
     rng = np.random.default_rng(0)
