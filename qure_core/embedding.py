@@ -118,6 +118,8 @@ class _Embedder:
         number, output = int(shard["shard"]), str(shard["output"])
         images = _concatenate(image_parts, (config.query_tokens, config.embed_dim))
         vectors = _concatenate(query_parts, (config.embed_dim,))
+        shapes = {"tokens": config.query_tokens, "width": config.embed_dim}
+        storage.write_json(storage.join(output, SHAPES), shapes)
         image_file, query_file = shard_files(number)
         write_shard(output, image_file, kept_ids, images.astype(str(shard["dtype"])))
         write_shard(output, query_file, query_ids, vectors)
