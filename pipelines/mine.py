@@ -19,12 +19,12 @@ from qure_core.config import Settings, load_settings
 from qure_core.data import load_split, mining_galleries
 from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.errors import InputError, run_main
-from qure_core.lease import hold
 from qure_core.mining.mined_set import MINED_KIND
-from qure_core.mining.stage import mine_round, round_facts, round_table
+from qure_core.mining.stage import hold_round, mine_round, round_facts, round_table
 from qure_core.resources import connect, plan_resources
 from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
 from qure_core.training.layout import round_uri
+from qure_core.training.run import check_settings
 
 
 def newest_checkpoint(settings: Settings) -> str:
@@ -54,20 +54,23 @@ def mine(arguments: list[str]) -> None:
         storage.resolve(chosen.checkpoint) if chosen.checkpoint else newest_checkpoint(settings)
     )
     epoch = int(storage.read_manifest(checkpoint, CHECKPOINT_KIND)["epoch"])
-    output = storage.resolve(chosen.output) if chosen.output else round_uri(settings.run.dir, epoch)
-    folder, name = output.rsplit("/", 1)
-    storage.check_writable(folder, "output" if chosen.output else "run.dir")
+    if chosen.output:
+        output = storage.resolve(chosen.output).rstrip("/")
+    else:
+        output = round_uri(settings.run.dir, epoch)
+        # The run's own training reads this round.
+        check_settings(settings, ["run", "data", "mining", "cluster"])
+    storage.check_writable(output.rsplit("/", 1)[0], "output" if chosen.output else "run.dir")
     split = load_split(settings.data, "train")
     corpora = mining_galleries(settings.data, split)
     facts = round_facts(settings, checkpoint, split, corpora, epoch)
     if chosen.if_newer and storage.kept(output, MINED_KIND, facts):
         print(f"nothing to do: {checkpoint} is mined already\nmined set: {output}", flush=True)
         return
-    # A run has one live round; elsewhere, an output has.
-    with hold(folder, "mining", name if chosen.output else None):
+    with hold_round(output) as lease:
         connect()
         plan = plan_resources(settings.cluster)
-        manifest = mine_round(settings, plan, checkpoint, split, corpora, output, epoch)
+        manifest = mine_round(settings, plan, checkpoint, split, corpora, output, epoch, lease)
     print(round_table(manifest))
     print(f"mined set: {output}", flush=True)
 

@@ -33,7 +33,7 @@ from qure_core.embedding_shards import (
 )
 from qure_core.errors import InputError
 from qure_core.progress import Progress
-from qure_core.resources import Plan
+from qure_core.resources import Plan, granted_device
 
 IMAGES_PER_SHARD = 2048
 SHAPES = "shapes.json"  # of one embedding, the same from every shard
@@ -50,7 +50,7 @@ class _Embedder:
 
         torch.set_num_threads(cpus)
         self.autocast = encoder_autocast
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = granted_device()
         directory = storage.local_directory(checkpoint, CHECKPOINT_KIND, verify=True)
         model, self.processor = load_model(str(directory))
         self.model = model.eval().to(self.device)

@@ -1,9 +1,10 @@
 """One holder of a directory at a time, on any shared storage and without a common clock.
 
 The holder keeps a small file there and rewrites it every few seconds. Whoever wants the directory
-and finds a holder's file watches it: if its content stays the same for longer than a holder would
-leave it, the holder is gone. A holder that died on this very machine is known at once by its
-process number. Ages are told by the watcher's own clock alone.
+and finds such a file watches it: content that changes is a holder that lives; content that stays
+the same for longer than a holder would leave it is one that is gone. Ages are told by the watcher's
+own clock alone. Only where the holder's process can be seen from here, on the same boot and in the
+same process namespace, does its process number decide, together with the time it started.
 """
 
 from __future__ import annotations
@@ -16,104 +17,168 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qure_core import storage
-from qure_core.errors import BusyError, InputError
+from qure_core.errors import BusyError
 
 BEAT = 5.0  # seconds between rewrites
 PATIENCE = 20.0  # seconds of silence after which a holder is gone
 
 
-def _boot() -> str:
-    """This boot of this machine: process numbers mean nothing elsewhere."""
+@dataclass
+class Lease:
+    """A directory that is held. ``lost`` is set if another process took it all the same."""
+
+    uri: str
+    content: dict[str, Any]
+    lost: threading.Event
+
+    def check(self) -> None:
+        """Raise `BusyError` if the directory is no longer held; call it before committing."""
+        if self.lost.is_set():
+            raise BusyError(
+                f"{self.uri}: another process took over while this one was silent for more than "
+                f"{PATIENCE:.0f} s; nothing was committed. Run the command again"
+            )
+
+
+def _process_start(process: int) -> str | None:
+    """When a process of this namespace started, in ticks since boot; None if there is none."""
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
+        text = Path(f"/proc/{process}/stat").read_text()
     except OSError:
-        return socket.gethostname()
-
-
-def _read(uri: str) -> dict[str, Any] | None:
-    try:
-        value = storage.read_json(uri)
-    except InputError:
-        return None  # gone, or being written
-    return value if isinstance(value, dict) else None
-
-
-def _alive_here(holder: dict[str, Any]) -> bool | None:
-    """Whether the holder's process lives; None if that cannot be known from here."""
-    if holder.get("boot") != _boot() or holder.get("host") != socket.gethostname():
         return None
+    return text.rsplit(")", 1)[1].split()[19]
+
+
+def _place() -> str:
+    """This boot of this machine and this process namespace; empty if they cannot be told."""
     try:
-        os.kill(int(holder["process"]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
-def _wait_for_silence(uri: str, holder: dict[str, Any]) -> None:
-    """Return when the holder is gone; raise `BusyError` at the first sign of life."""
-    alive = _alive_here(holder)
-    if alive is False:
-        return
-    end = time.monotonic() + PATIENCE
-    while alive is None and time.monotonic() < end:
+def _read(uri: str) -> bytes | None:
+    try:
+        return storage.read_bytes(uri)
+    except FileNotFoundError:
+        return None
+
+
+def _parse(data: bytes | None) -> dict[str, Any]:
+    """The holder, or an empty dict for a file that is not whole."""
+    try:
+        value = json.loads(data or b"")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _lives(holder: dict[str, Any]) -> bool | None:
+    """Whether the holder's process lives; None if that cannot be seen from here."""
+    if not holder or not _place() or holder.get("place") != _place():
+        return None
+    return _process_start(int(holder["process"])) == holder["started"]
+
+
+def _busy(uri: str, holder: dict[str, Any]) -> BusyError:
+    if not holder:
+        return BusyError(f"{uri} is being taken by another process; try again")
+    job = f" (job {holder['job']})" if holder.get("job") else ""
+    return BusyError(
+        f"{uri.rsplit('/', 1)[0]} is in use: {holder['what']} by process {holder['process']} "
+        f"on {holder['host']}{job}; wait for it to end, or choose another directory"
+    )
+
+
+def _outlast(uri: str, data: bytes) -> None:
+    """Return when whoever wrote ``data`` is gone; raise `BusyError` at a sign of life."""
+    holder = _parse(data)
+    lives = _lives(holder)
+    end = time.monotonic() + (0 if lives is False else PATIENCE)
+    if lives:
+        raise _busy(uri, holder)
+    while time.monotonic() < end:
         time.sleep(min(1.0, BEAT / 5))
         now = _read(uri)
-        if now is None or now.get("token") != holder["token"]:
-            break
-        if now["beat"] != holder["beat"]:
-            alive = True
-    if alive:
-        job = f" (job {holder['job']})" if holder.get("job") else ""
-        raise BusyError(
-            f"{uri.rsplit('/', 1)[0]} is in use: {holder['what']} by process {holder['process']} "
-            f"on {holder['host']}{job}; wait for it to end, or choose another directory"
-        )
+        if now is None:
+            return  # given back
+        if now != data:
+            raise _busy(uri, _parse(now) or holder)
+    if _read(uri) == data:
+        storage.remove(uri)
+
+
+def _take(uri: str, content: dict[str, Any]) -> None:
+    for _ in range(3):
+        found = _read(uri)
+        if found is not None:
+            _outlast(uri, found)
+        if storage.create(uri, json.dumps(content).encode()):
+            # Two that saw the same silence may both come here; the file says who stays.
+            time.sleep(0.2)
+            if _parse(_read(uri)).get("token") == content["token"]:
+                return
+    raise _busy(uri, _parse(_read(uri)))
 
 
 @contextmanager
-def hold(directory: str, what: str, name: str | None = None) -> Iterator[None]:
+def hold(
+    directory: str, what: str, name: str | None = None, *, wait: bool = False
+) -> Iterator[Lease]:
     """Hold ``directory``, or what is called ``name`` in it, while ``what`` goes on there.
 
-    Raises `BusyError`, which names the holder, if another process that lives holds it.
+    If another process that lives holds it: raises `BusyError`, which names the holder, or with
+    ``wait`` says so once and waits for it.
     """
     uri = storage.join(directory, f".{name or what}.lease")
-    holder = _read(uri)
-    if holder is not None:
-        _wait_for_silence(uri, holder)
-        storage.remove(uri)
-    mine: dict[str, Any] = {
+    content: dict[str, Any] = {
         "what": what,
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
-        "boot": _boot(),
+        "place": _place(),
         "process": os.getpid(),
+        "started": _process_start(os.getpid()),
         "job": os.environ.get("RAY_JOB_ID", ""),
         "beat": 0,
     }
-    made = storage.create(uri, json.dumps(mine).encode())
-    # Two that find the same holder gone could both put themselves in its place: the last one holds.
-    time.sleep(0.2)
-    now = _read(uri)
-    if not made or now is None or now["token"] != mine["token"]:
-        raise BusyError(f"{directory} was taken by another process at the same moment; try again")
+    said = False
+    while True:
+        try:
+            _take(uri, content)
+            break
+        except BusyError as error:
+            if not wait:
+                raise
+            if not said:
+                print(f"[{what}] waiting: {error}", flush=True)
+            said = True
+            time.sleep(BEAT)
+    lease = Lease(uri, content, threading.Event())
     done = threading.Event()
 
     def beat() -> None:
         while not done.wait(BEAT):
-            mine["beat"] += 1
-            storage.write_json(uri, mine)
+            try:
+                if _parse(_read(uri)).get("token") != content["token"]:
+                    lease.lost.set()
+                    return
+                content["beat"] += 1
+                storage.write_json(uri, content)
+            except OSError as error:  # a storage's bad moment: the next beat may do
+                print(f"[{what}] cannot renew {uri}: {error}", flush=True)
 
     thread = threading.Thread(target=beat, name="lease", daemon=True)
     thread.start()
     try:
-        yield
+        yield lease
     finally:
         done.set()
         thread.join()
-        storage.remove(uri)
+        if _parse(_read(uri)).get("token") == content["token"]:
+            storage.remove(uri)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tempfile
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,5 +18,22 @@ def write_parquet(uri: str, table: pa.Table) -> None:
     storage.write_bytes(uri, buffer.getvalue())
 
 
+def write_parquet_parts(uri: str, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """Write tables of one schema as one file, a row group each, holding one at a time."""
+    with tempfile.TemporaryDirectory(prefix="qure-parquet-") as folder:
+        file = f"{folder}/part.parquet"
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table)
+        storage.put_file(file, uri)
+
+
 def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
     return pq.read_table(io.BytesIO(storage.read_bytes(uri)), columns=columns)
+
+
+def read_parquet_parts(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file, a few rows at a time."""
+    yield from pq.ParquetFile(io.BytesIO(storage.read_bytes(uri))).iter_batches(
+        1024, columns=columns
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import ray.data
+import torch
 
 from qure_core.config import ClusterSettings
 from qure_core.errors import InputError
@@ -34,6 +35,12 @@ class Plan:
     embed: dict[str, Any]
     score: dict[str, Any]
     slots: int  # scoring tasks that the cluster runs at once
+
+
+def granted_device() -> torch.device:
+    """The device of this task or actor: a GPU only if Ray granted it one."""
+    granted = ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU")
+    return torch.device("cuda" if granted and torch.cuda.is_available() else "cpu")
 
 
 def plan_resources(cluster: ClusterSettings) -> Plan:

@@ -23,6 +23,7 @@ from torch import Tensor
 from qure_core.data.schema import Triplet
 from qure_core.embedding_shards import EmbeddingShards
 from qure_core.progress import Progress
+from qure_core.resources import granted_device
 
 QUERY_TILE = 256
 IMAGE_TILE = 256
@@ -114,7 +115,7 @@ def corpus_tiles(
                 yield start, tile_TMD
                 start, filled = start + IMAGE_TILE, 0
     if filled:
-        yield start, tile_TMD[:, :filled].contiguous()
+        yield start, tile_TMD[:, :filled]
         start += filled
     assert start == last, f"{last - start} corpus images have no embedding"
 
@@ -133,18 +134,21 @@ class Scorer:
     """
 
     def __init__(self, query_QD: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = granted_device()
         self.dtype = dtype
         self.queries = len(query_QD)
         whole = torch.zeros(-(-self.queries // QUERY_TILE) * QUERY_TILE, query_QD.shape[1])
         whole[: self.queries] = query_QD
-        # Every tile is whole: products of one shape give a query the same bits in any company.
+        # Every tile is whole, of images too: products of one shape give the same bits anywhere.
         self.tiles = whole.to(self.device, dtype).split(QUERY_TILE)
 
     def __call__(self, image_TMD: Tensor, out_QM: Tensor) -> None:
         """Relevance of a tile of images to every query, no temperature, into ``out_QM``."""
+        filled = image_TMD.shape[1]
         image_TMD = image_TMD.to(self.device, self.dtype)
-        shape = (QUERY_TILE, image_TMD.shape[1])
+        if filled < IMAGE_TILE:
+            image_TMD = torch.nn.functional.pad(image_TMD, (0, 0, 0, IMAGE_TILE - filled))
+        shape = (QUERY_TILE, IMAGE_TILE)
         best, other = (torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2))
         for number, tile_QD in enumerate(self.tiles):
             torch.mm(tile_QD, image_TMD[0].T, out=best)
@@ -153,7 +157,7 @@ class Scorer:
                 torch.maximum(best, other, out=best)
             first = number * QUERY_TILE
             rows = out_QM[first : first + QUERY_TILE]
-            rows.copy_(best[: len(rows)])
+            rows.copy_(best[: len(rows), :filled])
 
 
 def score_chunks(

@@ -73,12 +73,14 @@ def list_names(uri: str) -> list[str]:
     fs.invalidate_cache(path)
     if not fs.exists(path):
         return []
-    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+    names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+    fs.invalidate_cache(path)  # other processes write here: a kept listing would hide it
+    return names
 
 
 def read_bytes(uri: str) -> bytes:
-    with fsspec.open(uri, "rb") as file:
-        return bytes(file.read())
+    fs, path = filesystem(uri)
+    return bytes(fs.cat_file(path))
 
 
 def read_json(uri: str) -> Any:
@@ -109,18 +111,41 @@ def write_bytes(uri: str, data: bytes) -> None:
         fs.pipe_file(path, data)
 
 
+def put_file(file: str, uri: str) -> None:
+    """Move a local file to ``uri``; it appears whole."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        partial = f"{path}.{uuid.uuid4().hex}.partial"
+        try:
+            shutil.move(file, partial)
+            os.replace(partial, path)
+        finally:
+            if os.path.exists(partial):
+                os.unlink(partial)
+    else:
+        fs.put_file(file, path)
+
+
 def create(uri: str, data: bytes) -> bool:
     """Write a file that must not exist yet; whether this call made it."""
     fs, path = filesystem(uri)
     try:
         if isinstance(fs, LocalFileSystem):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "xb") as file:
-                file.write(data)
+            whole = f"{path}.{uuid.uuid4().hex}.partial"
+            write_bytes(whole, data)
+            try:
+                os.link(whole, path)  # whole from its first moment, or not made
+            finally:
+                os.unlink(whole)
         else:
             fs.pipe_file(path, data, mode="create")
-    except FileExistsError:
-        return False
+    except OSError:
+        # Servers say "it exists" in more than one way.
+        fs.invalidate_cache()
+        if fs.exists(path):
+            return False
+        raise
     return True
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def evaluate_protocol(
         "checkpoint": checkpoint_digest(checkpoint),
         "data": content_digest(split),
         "embed_batch": settings.cluster.embed_batch,
-        "judgements": [pair.preferred for pair in pairs],
+        "judgements": [astuple(pair) for pair in pairs],
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
     uri = storage.join(output, f"{protocol}-{key}")

@@ -58,7 +58,9 @@ class MinedSet:
         ids = self.table["query_id"].to_pylist()
         column = self.table["negative_ids"].combine_chunks()
         offsets = column.offsets.to_numpy()
-        values = np.asarray(column.values.cast(pa.string()).to_pylist(), dtype=object)
+        # One string per image, not per negative.
+        names = np.asarray(column.values.dictionary.to_pylist(), dtype=object)
+        values = names[column.values.indices.to_numpy()]
         return {
             query_id: values[offsets[row] : offsets[row + 1]] for row, query_id in enumerate(ids)
         }

@@ -53,6 +53,6 @@ def _compare(block: QueryBlock, part: int, task: RoundTask) -> dict[str, Any]:
         both = (row["upper_drop"], row["lower_drop"])
         return row["status"], *(d and d["rank"] - row["target_rank"] for d in both)
 
-    exact = fp32_rows(block, task).select(columns).to_pylist()
+    exact = fp32_rows(block, task, columns).to_pylist()
     changed = sum(drops(row) != drops(mined[row["query_id"]]) for row in exact)
     return {"sampled": len(exact), "changed": changed}

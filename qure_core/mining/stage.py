@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +24,7 @@ from qure_core.data.schema import Split, Triplet
 from qure_core.embedding import EmbedJob, embed_splits
 from qure_core.embedding_shards import EMBEDDINGS_KIND, checkpoint_digest
 from qure_core.errors import InputError
+from qure_core.lease import Lease, hold
 from qure_core.mining.mined_set import MINED_KIND, SCHEMA_VERSION
 from qure_core.mining.precision import precision_check
 from qure_core.mining.rule import STATUSES, DropRule
@@ -43,6 +45,7 @@ from qure_core.mining.tasks import (
 from qure_core.resources import Plan
 from qure_core.scoring import BYTES_PER_SCORE, QueryBlock, make_blocks, map_blocks
 
+ROUNDS = "rounds"  # the folder of a run's mined sets
 STREAMING_FROM = 100_000
 """Corpus images from which "auto" streams (tests/benchmarks/mining.py measures the crossover)."""
 
@@ -55,19 +58,28 @@ def mine_round(
     corpora: dict[str, tuple[str, ...]],
     output: str,
     epoch: int,
+    lease: Lease,
 ) -> dict[str, Any]:
     """Mine the hard negatives of every triplet of ``split`` and commit them to ``output``.
 
     ``corpora`` holds each category's images to mine among. Returns the manifest; a round already
     committed from the same checkpoint, data and settings is kept, one that was begun is finished.
     Embeddings go to ``output`` + "-embeddings", summaries to ``output`` + "-scratch"; both are
-    removed once the round is committed. The caller holds the directory (`qure_core.lease`).
+    removed once the round is committed. ``lease`` is the caller's hold (`hold_round`); the round is
+    not committed if it was lost. Images are taken to be the same under the same id.
     """
     facts = round_facts(settings, checkpoint, split, corpora, epoch)
     if manifest := storage.kept(output, MINED_KIND, facts):
         return manifest
     check_corpora(split, corpora)
-    return _mine(settings, plan, checkpoint, split, corpora, output, facts)
+    return _mine(settings, plan, checkpoint, split, corpora, output, facts, lease)
+
+
+def hold_round(output: str, *, wait: bool = False) -> AbstractContextManager[Lease]:
+    """Hold the place where a round is made: all rounds of a run, or one output elsewhere."""
+    folder, name = output.rsplit("/", 1)
+    in_a_run = folder.rsplit("/", 1)[-1] == ROUNDS
+    return hold(folder, "mining", None if in_a_run else name, wait=wait)
 
 
 def round_facts(
@@ -133,6 +145,7 @@ def _mine(
     corpora: dict[str, tuple[str, ...]],
     output: str,
     facts: dict[str, Any],
+    lease: Lease,
 ) -> dict[str, Any]:
     mining = settings.mining
     job = mining_job(split, corpora, output, mining.stored)
@@ -167,11 +180,11 @@ def _mine(
         memory_bytes=mining.memory_mb * 2**20,
     )
     name = f"mine epoch {facts['epoch']}"
+    seconds: dict[str, float] = {}
     if engine == "sort":
         rows = map_blocks(
             name, blocks, mine_by_sorting, arguments={"task": task}, resources=plan.score
         )
-        seconds = {"score": _total(rows, "score_seconds")}
         peaks = rows
     else:
         rows, seconds, peaks = _stream(name, blocks, task, plan, columns)
@@ -179,8 +192,7 @@ def _mine(
     seconds = {
         "embed": embed_seconds,
         **seconds,
-        "sort and cut" if engine == "sort" else "settle": _total(rows, "cut_seconds"),
-        "write": _total(rows, "write_seconds"),
+        "score, sort and write" if engine == "sort" else "settle and write": _total(rows),
         "score to write, wall": round(mined - embedded, 3),
     }
     description = facts | {
@@ -195,14 +207,15 @@ def _mine(
         description["second_looks"] = sum(int(row["second_looks"]) for row in rows)
     if mining.precision != "fp32":
         description["precision_check"] = precision_check(task, blocks, plan)
+    lease.check()
     storage.write_manifest(output, MINED_KIND, description, [part_name(b.number) for b in blocks])
     storage.remove(job.output)
     storage.remove(scratch)
     return storage.read_manifest(output, MINED_KIND)
 
 
-def _total(rows: Sequence[dict[str, Any]], name: str) -> float:
-    return round(sum(float(row[name]) for row in rows), 3)
+def _total(rows: Sequence[dict[str, Any]]) -> float:
+    return round(sum(float(row["seconds"]) for row in rows), 3)
 
 
 def _range_columns(blocks: Sequence[QueryBlock], plan: Plan) -> int:
@@ -256,7 +269,7 @@ def _stream(
         arguments=arguments | {"left": left},
         resources=plan.score,
     )
-    return rows, {"score and summarise": _total(summaries, "score_seconds")}, peaks + rows
+    return rows, {"score and summarise": _total(summaries)}, peaks + rows
 
 
 def mining_job(

@@ -11,7 +11,8 @@ the keys of small segments and cutting large ones finer. It ends: keys are integ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,10 +49,12 @@ class Request:
 
     listed: (first key, last key, priority threshold) of ranges whose keys are to be listed.
     cut: sorted edges of buckets that are to be counted, of all segments that are cut finer.
+    members: whether the listed range is the query's set, which is all that is still missing.
     """
 
     listed: list[tuple[int, int, int]] = field(default_factory=list)
     cut: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    members: bool = False
 
 
 @dataclass
@@ -222,7 +225,7 @@ class QueryRanking:
         try:
             return self._settle(rule, wanted)
         except _Listing as listing:
-            return Request(listed=[listing.range])
+            return Request(listed=[listing.range], members=True)
         except _Unknown as unknown:
             chosen = unknown.segments
             if self.count_S[chosen].sum() <= LIST_AT_MOST:
@@ -230,7 +233,7 @@ class QueryRanking:
                     self.first_S[chosen].tolist(), self.last_S[chosen].tolist(), strict=True
                 )
                 return Request(listed=[(first, last, HIGHEST) for first, last in ranges])
-            pieces = max(2, BUCKETS // len(chosen))
+            pieces = max(16, BUCKETS // len(chosen))
             edges = [_cut(int(self.first_S[s]), int(self.last_S[s]), pieces) for s in chosen]
             return Request(cut=np.unique(np.concatenate(edges)))
 
@@ -298,17 +301,24 @@ class QueryRanking:
 
     def take(self, request: Request, answer: Answer) -> None:
         """Use what a request brought; `RuntimeError` if the second look saw other scores."""
+        known: list[int] = []
+        listed: list[np.ndarray] = []
         for (first, last, threshold), keys in zip(request.listed, answer.listed, strict=True):
-            segment = np.flatnonzero((self.first_S == first) & (self.last_S == last))
-            self.answers[first, last, threshold] = keys
-            if threshold == HIGHEST and len(segment) == 1:
-                _check_count(len(keys), int(self.count_S[segment[0]]))
-                self.replace(segment, [(keys, keys, np.ones(len(keys), np.int64))])
+            if request.members:
+                self.answers[first, last, threshold] = keys
+                continue
+            segment = int(np.searchsorted(self.first_S, first))
+            _check_count(len(keys), int(self.count_S[segment]))
+            known.append(segment)
+            listed.append(keys)
+        if known:
+            keys = np.concatenate(listed)
+            self.replace(np.asarray(known), [(keys, keys, np.ones(len(keys), np.int64))])
         if len(request.cut):
             count, low, high = answer.cut
             own = np.searchsorted(self.first_S, request.cut[:-1], side="right") - 1
             # Buckets between the segments that are cut hold segments that stay as they are.
-            inside = (own >= 0) & (request.cut[:-1] <= self.last_S[own])
+            inside = (own >= 0) & (request.cut[1:] - 1 <= self.last_S[own])
             chosen, place = np.unique(own[inside], return_inverse=True)
             found = np.bincount(place, weights=count[inside]).astype(np.int64)
             for one, expected in zip(found.tolist(), self.count_S[chosen].tolist(), strict=True):
@@ -438,34 +448,38 @@ def settle_all(
     chunks: Chunks,
     image_words: Tensor | None,
     rows_at_once: Callable[[Sequence[int]], int],
-) -> tuple[list[MinedRow], int]:
-    """Rows of all queries, and how many needed a second look at their scores.
+) -> Iterator[tuple[MinedRow, bool]]:
+    """Yield every query's row, in order, and whether its scores were looked at a second time.
 
     ``rows_at_once`` tells, from how many keys each query asks for, how many are looked at together.
+    Sets that must be listed are, in groups of so many, when their turn comes.
     """
-    ready: dict[int, MinedRow] = {}
     known = dict(enumerate(rankings(summary, anchors, image_words)))
-    seconds: set[int] = set()
-    while known:
-        requests: dict[int, Request] = {}
-        for row, ranking in known.items():
-            outcome = ranking.settle(rule, wanted)
-            if isinstance(outcome, MinedRow):
-                ready[row] = outcome
-            else:
-                requests[row] = outcome
-        for row in ready:
-            known.pop(row, None)
-        seconds |= set(requests)
-        waiting = sorted(requests)
-        while waiting:
-            count = rows_at_once([known[row].asked(requests[row]) for row in waiting])
-            some, waiting = waiting[:count], waiting[count:]
-            answers = answer({row: requests[row] for row in some}, anchors, chunks, image_words)
-            for row in some:
-                known[row].take(requests[row], answers[row])
-                outcome = known[row].settle(rule, wanted)
-                if isinstance(outcome, MinedRow):
-                    ready[row] = outcome
-                    del known[row]
-    return [ready[row] for row in range(len(ready))], len(seconds)
+    outcomes = {row: ranking.settle(rule, wanted) for row, ranking in known.items()}
+    looked = {row for row, outcome in outcomes.items() if isinstance(outcome, Request)}
+
+    def waiting(members: bool) -> dict[int, Request]:
+        return {
+            row: outcome
+            for row, outcome in outcomes.items()
+            if isinstance(outcome, Request) and outcome.members == members
+        }
+
+    def look(requests: dict[int, Request]) -> None:
+        """Fulfil the first of ``requests``, as many as go together."""
+        count = rows_at_once([known[row].asked(request) for row, request in requests.items()])
+        some = dict(itertools.islice(requests.items(), count))
+        found = answer(some, anchors, chunks, image_words)
+        for row, request in some.items():
+            known[row].take(request, found[row])
+            outcomes[row] = known[row].settle(rule, wanted)
+
+    while requests := waiting(members=False):
+        look(requests)
+    for row in range(len(known)):
+        while isinstance(outcomes[row], Request):
+            look(waiting(members=True))
+        outcome = outcomes.pop(row)
+        assert isinstance(outcome, MinedRow)
+        del known[row]
+        yield outcome, row in looked

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from qure_core import storage
 from qure_core.embedding_shards import EmbeddingShards
+from qure_core.mining.mined_set import MINED_SCHEMA
 from qure_core.mining.rule import STATUSES, DropRule
 from qure_core.mining.sampling import image_words, query_words, threshold_for
 from qure_core.mining.sketch import BUCKETS, ENDS, Anchors, Summary, merged
 from qure_core.mining.steep_drops import steep_drop_negatives
 from qure_core.mining.streaming import settle_all, summarise_chunks
 from qure_core.mining.table import MinedRow, rows_of, to_table
-from qure_core.parquet import read_parquet, write_parquet
+from qure_core.parquet import read_parquet_parts, write_parquet_parts
 from qure_core.scoring import (
     IMAGE_TILE,
     QUERY_TILE,
@@ -37,8 +38,10 @@ from qure_core.scoring import (
     score_chunks,
 )
 
-# Sorting a row keeps its scores, keys, drops and masks: about this many bytes a score.
+# Sorting a row keeps its scores, keys, drops and masks: about this many bytes a score. A negative
+# costs so much while a table is made of it.
 SORT_BYTES = 40
+TABLE_BYTES = 64
 CHUNK_COLUMNS = 32_768  # images whose scores a streaming task holds at a time
 RANGE_COLUMNS = 262_144  # images of a corpus that one task summarises
 MERGED_AT_ONCE = 8
@@ -85,62 +88,75 @@ def part_name(block: int) -> str:
 
 def mine_by_sorting(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
     """Score a block against its whole corpus, sort, cut, and write its part."""
-    return _part(block, task, lambda: _sorted_rows(block, task, DTYPES[task.precision]))
+    return _write_part(block, task, lambda: _sorted_rows(block, task, DTYPES[task.precision]))
 
 
-def _sorted_rows(
-    block: QueryBlock, task: RoundTask, dtype: torch.dtype
-) -> tuple[list[MinedRow], dict[str, float]]:
-    started = time.monotonic()
+def _sorted_rows(block: QueryBlock, task: RoundTask, dtype: torch.dtype) -> Iterator[MinedRow]:
     scores_QM = score_block(EmbeddingShards.open(task.embeddings_uri), block, dtype)
-    scored = time.monotonic()
     target_Q, reference_Q = task.columns(block)
     query_word_Q, image_word_M = task.words(block)
-    rows: list[MinedRow] = []
     held = task.memory_bytes // 2 // (SORT_BYTES * len(block.corpus))
     step = min(max(1, held), QUERY_TILE)
     for first in range(0, len(block.triplets), step):
         part = slice(first, first + step)
         drops = steep_drop_negatives(scores_QM[part], target_Q[part], reference_Q[part], task.rule)
-        rows += rows_of(drops, query_word_Q[part], image_word_M, task.max_negatives)
-    return rows, {"score": scored - started, "cut": time.monotonic() - scored}
+        yield from rows_of(drops, query_word_Q[part], image_word_M, task.max_negatives)
 
 
-def _part(
-    block: QueryBlock,
-    task: RoundTask,
-    mine: Callable[[], tuple[list[MinedRow], dict[str, float]]],
+def _write_part(
+    block: QueryBlock, task: RoundTask, mine: Callable[[], Iterator[MinedRow]]
 ) -> dict[str, Any]:
+    """Write a block's rows as they come, unless the part is there; return its statistics."""
     uri = storage.join(task.output, part_name(block.number))
-    seconds: dict[str, float] = {}
-    if storage.exists(uri):
-        table = read_parquet(uri)
-    else:
-        rows, seconds = mine()
-        started = time.monotonic()
-        table = to_table(block.triplets, block.corpus, rows)
-        write_parquet(uri, table)
-        seconds["write"] = time.monotonic() - started
-    times = {f"{name}_seconds": seconds.get(name, 0.0) for name in ("score", "cut", "write")}
-    return block_statistics(table) | times | {"peak_mb": _peak_mb()}
+    started = time.monotonic()
+    if not storage.exists(uri):
+        write_parquet_parts(uri, _tables(block, task, mine()), MINED_SCHEMA)
+    seconds = time.monotonic() - started
+    batches = [block_statistics(batch) for batch in read_parquet_parts(uri, STATISTICS_COLUMNS)]
+    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return whole | {"seconds": seconds, "peak_mb": _peak_mb()}
+
+
+def _tables(block: QueryBlock, task: RoundTask, rows: Iterator[MinedRow]) -> Iterator[pa.Table]:
+    """Tables of consecutive rows, each of as many negatives as a quarter of the memory holds."""
+    most = task.memory_bytes // 4 // TABLE_BYTES
+    first, held = 0, 0
+    waiting: list[MinedRow] = []
+    for row in rows:
+        waiting.append(row)
+        held += len(row.negative_keys)
+        if held >= most:
+            yield to_table(block.triplets[first : first + len(waiting)], block.corpus, waiting)
+            first, held, waiting = first + len(waiting), 0, []
+    if waiting:
+        yield to_table(block.triplets[first:], block.corpus, waiting)
 
 
 def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def block_statistics(table: pa.Table) -> dict[str, Any]:
+STATISTICS_COLUMNS = [
+    "target_score",
+    "target_rank",
+    "steepness",
+    "num_negatives",
+    "negative_scores",
+    "status",
+]
+
+
+def block_statistics(rows: pa.RecordBatch) -> dict[str, np.ndarray]:
     """Small per-query numbers that the driver merges: sizes, margins, ranks, statuses."""
-    means = [float(np.mean(scores.values.to_numpy())) for scores in table["negative_scores"]]
-    margin = table["target_score"].to_numpy() - np.asarray(means, np.float32)
-    codes = [STATUSES.index(name) for name in table["status"].to_pylist()]
-    steepness = table["steepness"].to_numpy()
+    means = [float(np.mean(scores.values.to_numpy())) for scores in rows["negative_scores"]]
+    margin = rows["target_score"].to_numpy() - np.asarray(means, np.float32)
+    codes = [STATUSES.index(name) for name in rows["status"].to_pylist()]
     return {
-        "sizes": table["num_negatives"].to_numpy().astype(np.int64),
+        "sizes": rows["num_negatives"].to_numpy().astype(np.int64),
         "margins": margin.astype(np.float32),
-        "ranks": table["target_rank"].to_numpy().astype(np.int64),
+        "ranks": rows["target_rank"].to_numpy().astype(np.int64),
         "codes": np.asarray(codes, np.int64),
-        "steepness": np.asarray(steepness, np.float64),
+        "steepness": rows["steepness"].to_numpy(zero_copy_only=False).astype(np.float64),
     }
 
 
@@ -248,7 +264,7 @@ def write_summary(block: QueryBlock, part: int, task: RoundTask, columns: int) -
             None if image_word_M is None else image_word_M.to(scorer.device),
         )
         storage.write_bytes(uri, summary.to_bytes())
-    return {"score_seconds": time.monotonic() - started, "peak_mb": _peak_mb()}
+    return {"seconds": time.monotonic() - started, "peak_mb": _peak_mb()}
 
 
 def _read_summaries(task: RoundTask, names: Sequence[str]) -> Iterator[Summary]:
@@ -276,10 +292,9 @@ def mine_by_streaming(
 
     ``left`` tells, per block, which level of merging was the last and how many summaries it has.
     """
-    seconds_looked: list[int] = []
+    looked: list[bool] = []
 
-    def mine() -> tuple[list[MinedRow], dict[str, float]]:
-        started = time.monotonic()
+    def mine() -> Iterator[MinedRow]:
         level, count = left[block.number]
         names = [summary_name(block.number, level, number) for number in range(count)]
         summary = merged(_read_summaries(task, names))
@@ -294,24 +309,24 @@ def mine_by_streaming(
 
         def rows_at_once(asked: Sequence[int]) -> int:
             # A key is held twice while its range is sorted; a row's chunk is scored and keyed.
-            used = np.cumsum([16 * keys + 24 * CHUNK_COLUMNS for keys in asked])
-            return max(1, int((used <= task.memory_bytes).sum()))
+            used = np.cumsum([24 * keys + 24 * CHUNK_COLUMNS for keys in asked])
+            return max(1, int((used <= task.memory_bytes // 2).sum()))
 
-        rows, looked = settle_all(
+        for row, again in settle_all(
             summary, anchors, task.rule, task.max_negatives, chunks, image_word_M, rows_at_once
-        )
-        seconds_looked.append(looked)
-        return rows, {"cut": time.monotonic() - started}
+        ):
+            looked.append(again)
+            yield row
 
-    return _part(block, task, mine) | {"second_looks": sum(seconds_looked)}
+    return _write_part(block, task, mine) | {"second_looks": sum(looked)}
 
 
-def fp32_rows(block: QueryBlock, task: RoundTask) -> pa.Table:
-    """A block's rows by sorting in fp32, in passes that fit the memory."""
+def fp32_rows(block: QueryBlock, task: RoundTask, columns: list[str]) -> pa.Table:
+    """Some columns of a block's rows by sorting in fp32, in passes that fit the memory."""
     step = max(1, task.memory_bytes // 4 // (4 * len(block.corpus)))
     tables = []
     for first in range(0, len(block.triplets), step):
         part = replace(block, triplets=block.triplets[first : first + step])
-        rows, _ = _sorted_rows(part, task, torch.float32)
-        tables.append(to_table(part.triplets, part.corpus, rows))
-    return pa.concat_tables(tables).unify_dictionaries()
+        rows = _sorted_rows(part, task, torch.float32)
+        tables += [table.select(columns) for table in _tables(part, task, rows)]
+    return pa.concat_tables(tables)

@@ -8,19 +8,15 @@ from typing import Any
 from qure_core import storage
 from qure_core.evaluation.stage import EVALUATION_KIND
 from qure_core.mining.mined_set import MINED_KIND
+from qure_core.mining.stage import ROUNDS
 
 _FINISHED = re.compile(r"epoch-\d+")  # not what a stage leaves beside it while it works
-_KINDS = {"rounds": MINED_KIND, "evaluations": EVALUATION_KIND}
-
-
-def rounds_uri(run_dir: str) -> str:
-    """Where a run's mined sets are; held while one is made."""
-    return storage.join(run_dir, "rounds")
+_KINDS = {ROUNDS: MINED_KIND, "evaluations": EVALUATION_KIND}
 
 
 def round_uri(run_dir: str, epoch: int) -> str:
     """Where the mined set used from ``epoch`` on is."""
-    return storage.join(rounds_uri(run_dir), f"epoch-{epoch:04d}")
+    return storage.join(run_dir, ROUNDS, f"epoch-{epoch:04d}")
 
 
 def evaluation_uri(run_dir: str, epoch: int) -> str:

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,14 +31,14 @@ from qure_core.embedding import embed_splits
 from qure_core.errors import InputError
 from qure_core.evaluation.stage import evaluate_checkpoint, evaluation_job
 from qure_core.lease import hold
-from qure_core.mining.stage import check_corpora, mine_round, mining_job, round_table
+from qure_core.mining.stage import check_corpora, hold_round, mine_round, mining_job, round_table
 from qure_core.model import build_model, learn_tokenizer, load_model
 from qure_core.model.pretrained import load_tokenizer
 from qure_core.report.build import build_report
 from qure_core.resources import Plan, connect, plan_resources
 from qure_core.seeds import derive
 from qure_core.training.checkpoints import checkpoint_uri, latest_epoch, save_checkpoint
-from qure_core.training.layout import committed, evaluation_uri, round_uri, rounds_uri
+from qure_core.training.layout import committed, evaluation_uri, round_uri
 from qure_core.training.schedule import evaluation_epochs, mining_epochs, stage_boundaries
 from qure_core.training.segment import Segment
 from qure_core.training.trainer import run_segment
@@ -75,24 +76,30 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def check_settings(settings: Settings, sections: Sequence[str]) -> None:
+    """Raise `InputError` if the run there, if any, was made with other settings of ``sections``."""
+    uri = storage.join(settings.run.dir, "config.yaml")
+    if not storage.exists(uri):
+        return
+    before = _flatten(yaml.safe_load(storage.read_bytes(uri)))
+    changed = [
+        f"  {name}: {before.get(name)!r} there, {value!r} now"
+        for name, value in _flatten(settings.resolved()).items()
+        if name.split(".")[0] in sections and name not in _FREE and before.get(name) != value
+    ]
+    if changed:
+        raise InputError(
+            f"run.dir: {settings.run.dir} holds a run with other settings:\n"
+            + "\n".join(changed)
+            + "\nchoose another --run.dir, or remove that directory to start again"
+        )
+
+
 def save_config(settings: Settings) -> None:
     """Write config.yaml, or check that the run there was made with the same settings."""
+    check_settings(settings, list(settings.resolved()))
     uri = storage.join(settings.run.dir, "config.yaml")
-    now = settings.resolved()
-    if storage.exists(uri):
-        before = _flatten(yaml.safe_load(storage.read_bytes(uri)))
-        changed = [
-            f"  {name}: {before.get(name)!r} there, {value!r} now"
-            for name, value in _flatten(now).items()
-            if name not in _FREE and before.get(name) != value
-        ]
-        if changed:
-            raise InputError(
-                f"run.dir: {settings.run.dir} holds a run with other settings:\n"
-                + "\n".join(changed)
-                + "\nchoose another --run.dir, or remove that directory to start again"
-            )
-    storage.write_bytes(uri, yaml.safe_dump(now, sort_keys=False).encode())
+    storage.write_bytes(uri, yaml.safe_dump(settings.resolved(), sort_keys=False).encode())
 
 
 def prepare_data(settings: Settings) -> tuple[Split, Split, dict[str, tuple[str, ...]]]:
@@ -196,7 +203,7 @@ def run(settings: Settings) -> dict[str, Any]:
             evaluation = evaluation_uri(run_dir, stop) if stop in evaluations else None
             mines = stop in minings and train_settings.negatives == "steep_drops"
             mined = round_uri(run_dir, stop) if mines else None
-            with hold(rounds_uri(run_dir), "mining") if mined else nullcontext():
+            with hold_round(mined, wait=True) if mined else nullcontext() as lease:
                 jobs = []
                 if evaluation and not storage.is_committed(evaluation):
                     jobs.append(evaluation_job(settings, val, evaluation))
@@ -219,7 +226,10 @@ def run(settings: Settings) -> dict[str, Any]:
                     print(describe_evaluation(manifest), flush=True)
                 if mined:
                     mined_at = stop
-                    manifest = mine_round(settings, plan, checkpoint, train, corpora, mined, stop)
+                    assert lease is not None
+                    manifest = mine_round(
+                        settings, plan, checkpoint, train, corpora, mined, stop, lease
+                    )
                     print(round_table(manifest) + f"\n  written to {mined}", flush=True)
             if following is not None and done < following:
                 segment = Segment(

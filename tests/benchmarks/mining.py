@@ -35,7 +35,7 @@ from qure_core.config import Settings
 from qure_core.data.schema import Split
 from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.mining.rule import DropRule
-from qure_core.mining.stage import mine_round, mining_job
+from qure_core.mining.stage import hold_round, mine_round, mining_job
 from qure_core.mining.tasks import RoundTask, _sorted_rows
 from qure_core.scoring import QueryBlock, make_blocks
 
@@ -114,7 +114,7 @@ def _dress_block(block: QueryBlock, task: RoundTask) -> tuple[float, float, floa
     torch.set_num_threads(1)
     before = reset_peak()
     started = time.time()
-    rows, _ = _sorted_rows(block, task, torch.float32)
+    rows = list(_sorted_rows(block, task, torch.float32))
     return started, time.time(), peak_mb() - before, sum(row.size for row in rows)
 
 
@@ -231,7 +231,8 @@ def corpus_round(folder: str, images: int, queries: int, engine: str) -> None:
     output = f"{folder}/round"
     storage.remove(output)
     plan = plan_resources(settings.cluster)
-    manifest = mine_round(settings, plan, checkpoint, split, split.galleries, output, 1)
+    with hold_round(output) as lease:
+        manifest = mine_round(settings, plan, checkpoint, split, split.galleries, output, 1, lease)
     print(
         f"RESULT {manifest['seconds']['score to write, wall']} {manifest['peak_task_memory_mb']} "
         f"{peak_mb():.0f} {manifest.get('second_looks', 0)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -21,11 +22,12 @@ from conftest import ROOT
 
 from qure_core import storage
 from qure_core.config import Settings
+from qure_core.data.schema import Split
 from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.errors import BusyError
 from qure_core.lease import hold
 from qure_core.mining import read_mined_set
-from qure_core.mining.stage import mine_round, mining_job, round_table
+from qure_core.mining.stage import hold_round, mine_round, mining_job, round_table
 from qure_core.resources import plan_resources
 
 SPLIT = make_split(queries=600, images=3000)
@@ -35,29 +37,31 @@ def settings_of(**mining: Any) -> Settings:
     return Settings(mining=mining, cluster={"gpus": "none"})
 
 
-def prepare(folder: Path, **mining: Any) -> str:
+def prepare(folder: Path, split: Split, **mining: Any) -> str:
     """A checkpoint's manifest and the embeddings it would give; returns the checkpoint."""
     checkpoint = str(folder / "checkpoint")
     if not storage.is_committed(checkpoint):
         with storage.committed_directory(checkpoint, CHECKPOINT_KIND) as (files, _):
             (files / "model.safetensors").write_bytes(b"weights")
     settings = settings_of(**mining)
-    job = mining_job(SPLIT, SPLIT.galleries, str(folder / "round"), settings.mining.stored)
+    job = mining_job(split, split.galleries, str(folder / "round"), settings.mining.stored)
     facts = {
         "checkpoint": hashlib.sha256(b"weights").hexdigest(),
         "split": "train",
         "inputs": job.digest(),
         "batch": settings.cluster.embed_batch,
     }
-    write_embeddings(job.output, SPLIT, tokens=2, width=8, shard=700, facts=facts)
+    write_embeddings(job.output, split, tokens=2, width=8, shard=700, facts=facts)
     return checkpoint
 
 
-def mine(folder: Path, **mining: Any) -> dict[str, Any]:
+def mine(folder: Path, split: Split = SPLIT, **mining: Any) -> dict[str, Any]:
     settings = settings_of(**mining)
     plan = plan_resources(settings.cluster)
-    checkpoint = prepare(folder, **mining)
-    return mine_round(settings, plan, checkpoint, SPLIT, SPLIT.galleries, str(folder / "round"), 3)
+    checkpoint = prepare(folder, split, **mining)
+    output = str(folder / "round")
+    with hold_round(output) as lease:
+        return mine_round(settings, plan, checkpoint, split, split.galleries, output, 3, lease)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -142,9 +146,7 @@ def test_a_killed_driver_a_killed_worker_and_a_deleted_file(
     driver.kill()
     driver.wait()
     assert not (folder / "round/manifest.json").exists()
-    kept = {path.name: path.stat().st_mtime_ns for path in scratch.glob("summary-*")}
-    assert kept
-    # A summary that is lost is made again; the others are read.
+    # A summary that is lost is made again.
     next(iter(scratch.glob("summary-*"))).unlink()
 
     with ThreadPoolExecutor(1) as pool:
@@ -220,8 +222,9 @@ def test_a_holder_elsewhere_is_told_by_its_beat(
         "what": "mining",
         "token": "a",
         "host": "far",
-        "boot": "b",
+        "place": "b",
         "process": 1,
+        "started": "1",
         "beat": 0,
     }
     storage.write_json(uri, elsewhere)
@@ -240,3 +243,50 @@ def test_a_holder_elsewhere_is_told_by_its_beat(
     thread.join()
     with hold(directory, "mining"):  # silent for long enough: gone
         assert storage.read_json(uri)["token"] != "a"
+
+
+def test_one_of_two_waiters_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both see the same holder fall silent; even a file cut short by a kill is outlasted."""
+    monkeypatch.setattr("qure_core.lease.PATIENCE", 1.5)
+    directory = str(tmp_path / "rounds")
+    storage.write_bytes(storage.join(directory, ".mining.lease"), b'{"what": "min')
+    release = threading.Event()
+
+    def attempt(delay: float) -> str:
+        time.sleep(delay)
+        try:
+            with hold(directory, "mining"):
+                release.wait(6)
+                return "held"
+        except BusyError:
+            return "busy"
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = [pool.submit(attempt, delay) for delay in (0.0, 0.5)]
+        while not any(outcome.done() for outcome in outcomes):
+            time.sleep(0.05)
+        release.set()
+        assert sorted(outcome.result() for outcome in outcomes) == ["busy", "held"]
+
+
+def test_a_lost_lease_stops_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qure_core.lease.BEAT", 0.1)
+    with hold(str(tmp_path), "mining") as lease:
+        lease.check()
+        other = {**lease.content, "token": "other"}
+        storage.write_json(lease.uri, other)
+        assert lease.lost.wait(5)
+        with pytest.raises(BusyError, match="another process took over"):
+            lease.check()
+    assert storage.read_json(lease.uri) == other  # not ours to remove
+
+
+def test_targets_in_a_tile_of_one_image(tmp_path: Path, local_ray: None) -> None:
+    """A product of one column may take another kernel: tiles are whole, so it does not."""
+    split = make_split(queries=40, images=257)
+    last = split.galleries["all"][-1]
+    triplets = tuple(dataclasses.replace(t, target_id=last) for t in split.triplets)
+    split = dataclasses.replace(split, triplets=triplets)
+    for engine in ("sort", "streaming"):
+        mine(tmp_path / engine, split, engine=engine)
+    assert rows(tmp_path / "streaming") == rows(tmp_path / "sort")

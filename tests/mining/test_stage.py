@@ -22,7 +22,7 @@ from qure_core.embedding_shards import EmbeddingShards
 from qure_core.errors import InputError
 from qure_core.mining import STATUSES, read_mined_set, steep_drop_negatives
 from qure_core.mining.mined_set import MINED_SCHEMA
-from qure_core.mining.stage import check_corpora, mine_round, mining_job, round_table
+from qure_core.mining.stage import check_corpora, hold_round, mine_round, mining_job, round_table
 from qure_core.model import QuReModel, QuReProcessor, build_model, learn_tokenizer
 from qure_core.resources import plan_resources
 from qure_core.scoring import QUERY_TILE, make_blocks
@@ -54,7 +54,8 @@ def mine(
         mining=changes, cluster={"embed_batch": 16, "gpus": "none"}, data={"mining_corpus": "split"}
     )
     plan = plan_resources(settings.cluster)
-    return mine_round(settings, plan, checkpoint, *data, output, 3)
+    with hold_round(output) as lease:
+        return mine_round(settings, plan, checkpoint, *data, output, 3, lease)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +236,7 @@ def test_manifest_commits_the_round(
         "negatives per query",
         "target - negatives",
         "embed",
-        "sort and cut",
+        "score, sort and write",
         "steepness of drops",
     ):
         assert part in table
