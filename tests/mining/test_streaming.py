@@ -21,7 +21,13 @@ from qure_core.mining.rule import DropRule
 from qure_core.mining.sampling import image_words, query_words, threshold_for
 from qure_core.mining.sketch import Anchors, Summary, merged
 from qure_core.mining.steep_drops import steep_drop_negatives
-from qure_core.mining.streaming import settle_all, summarise_chunks
+from qure_core.mining.streaming import (
+    QueryRanking,
+    Request,
+    answer,
+    settle_all,
+    summarise_chunks,
+)
 from qure_core.mining.table import MinedRow, rows_of
 
 
@@ -115,27 +121,34 @@ RULES = st.builds(
 DYADIC = st.integers(0, 40).map(lambda k: 1 - k / 64)
 
 
-def test_a_cut_between_equal_scores() -> None:
-    """Segments that are cut together may enclose one that begins where a cut ends."""
-    generator = torch.Generator().manual_seed(0)
-    for bits in range(3, 9):
-        for images in (60, 150, 400):
-            steps = torch.randint(2**bits, (3, images), generator=generator)
-            scores = 1 - steps / 2.0**bits
-            target = torch.randint(images, (3,), generator=generator)
-            reference = torch.tensor([-1, 0, 5])
-            words = names(3, images)
-            for few in (4, 8, 32):
-                with (
-                    patch.object(sketch, "BUCKETS", few),
-                    patch.object(streaming, "BUCKETS", few),
-                    patch.object(sketch, "ENDS", 4),
-                    patch.object(streaming, "LIST_AT_MOST", 3),
-                ):
-                    ours, _ = by_streaming(
-                        scores, target, reference, DropRule(), None, words, [20], columns=64
-                    )
-                assert_same(ours, by_sorting(scores, target, reference, DropRule(), None, words))
+def test_a_cut_that_ends_inside_equal_scores() -> None:
+    """What lies between two cut segments stays as it is, even where it follows at the next key."""
+    below = [0.9, 0.85, 0.82, 0.8, 0.8, 0.8, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4]
+    scores = torch.tensor([[2.0, *below]])
+    keys = pack_keys(scores)[0, 1:].numpy()
+    # Open, flat, one image, open: the first and the last are cut.
+    bounds = [(0, 3), (4, 6), (7, 7), (8, 11)]
+    ranking = QueryRanking(
+        target_key=int(pack_keys(scores)[0, 0]),
+        target_rank=0,
+        first_S=keys[[first for first, _ in bounds]],
+        last_S=keys[[last for _, last in bounds]],
+        count_S=np.asarray([last - first + 1 for first, last in bounds]),
+        sample=np.empty(0, np.int64),
+        word=0,
+        image_words=None,
+    )
+    edges = [streaming._cut(int(keys[first]), int(keys[last]), 4) for first, last in bounds[::3]]
+    request = Request(cut=np.unique(np.concatenate(edges)))
+    none, word = torch.tensor([-1]), torch.zeros(1, dtype=torch.int32)
+    anchors = Anchors.of(scores[:, 0], torch.tensor([0]), none, scores.amin(1), word, 0)
+    found = answer({0: request}, anchors, lambda _: [(0, scores)], None)
+    ranking.take(request, found[0])
+    assert ranking.below == len(below)
+    assert (4, 3) in zip(ranking.start_S.tolist(), ranking.count_S.tolist(), strict=True)
+    for position, key in enumerate(keys.tolist()):
+        if position not in (5,):  # inside the flat segment, which nobody asked to look into
+            assert ranking.key_at(position) == key
 
 
 @given(st.data())
