@@ -66,9 +66,10 @@ def _spread(length: int) -> np.ndarray:
 def curve_ranks(length: int, marks: Sequence[int]) -> np.ndarray:
     """Ranks worth keeping of a ranking of ``length`` images: spread out, and all near ``marks``."""
     around = np.add.outer(marks, np.arange(-_CURVE_AROUND, _CURVE_AROUND + 2)).ravel()
-    ranks = np.concatenate([_spread(length), around[(around >= 0) & (around < length)]])
+    inside = around[(around >= 0) & (around < length)]
+    ranks = np.concatenate([_spread(length), inside, [length]])
     ranks.sort()
-    return ranks[np.diff(ranks, prepend=-1) > 0]
+    return ranks[np.flatnonzero(ranks[1:] != ranks[:-1])]
 
 
 def sample_keys(

@@ -37,7 +37,7 @@ from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.mining.rule import DropRule
 from qure_core.mining.stage import hold_round, mine_round, mining_job
 from qure_core.mining.tasks import RoundTask, _sorted_rows
-from qure_core.scoring import QueryBlock, make_blocks
+from qure_core.scoring import QueryBlock, make_blocks, prepare_worker
 
 TOKENS, WIDTH = 32, 256
 DRESS = 5985
@@ -111,7 +111,7 @@ def released_way(query_QD: Tensor, image_MTD: Tensor, target_Q: Tensor) -> tuple
 
 
 def _dress_block(block: QueryBlock, task: RoundTask) -> tuple[float, float, float, int]:
-    torch.set_num_threads(1)
+    prepare_worker()
     before = reset_peak()
     started = time.time()
     rows = list(_sorted_rows(block, task, torch.float32))
