@@ -31,7 +31,7 @@ from qure_core.training.schedule import mining_epochs
 
 ROOT = Path(__file__).parents[2]
 CHOICES = {
-    "released rule": [],
+    "released rule": ["--mining.window_ranks=None"],
     "window 200": ["--mining.window_ranks=200"],
     "window 50": ["--mining.window_ranks=50"],
     "window 50, steepness 4": ["--mining.window_ranks=50", "--mining.min_steepness=4"],
