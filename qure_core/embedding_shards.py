@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from dataclasses import dataclass
 
@@ -64,6 +65,16 @@ class EmbeddingShards:
             column.chunk(0).flatten().to_numpy() if column.num_chunks else np.empty(0, np.float32)
         )
         return table["id"].to_pylist(), values
+
+    def read_ahead(self, shard: int) -> None:
+        """Have a local disk fetch a shard's images while others are worked on."""
+        uri = storage.join(self.uri, shard_files(shard)[0])
+        if storage.is_local(uri) and hasattr(os, "posix_fadvise"):
+            file = os.open(storage.filesystem(uri)[1], os.O_RDONLY)
+            try:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
 
     def images(self, shard: int) -> tuple[list[str], np.ndarray]:
         """Ids and embeddings [m, T, D] of one shard, sorted by id, in the type they are stored."""

@@ -102,7 +102,10 @@ def corpus_tiles(
     column = {image_id: i for i, image_id in enumerate(corpus[first:last], first)}
     tile_TMD = torch.empty(embeddings.tokens, IMAGE_TILE, embeddings.width)
     start, filled = first, 0
-    for shard in embeddings.shards_between(corpus[first], corpus[last - 1]):
+    shards = embeddings.shards_between(corpus[first], corpus[last - 1])
+    for shard in shards:
+        if shard + 1 in shards:
+            embeddings.read_ahead(shard + 1)
         ids, values = embeddings.images(shard)
         rows = np.asarray([i for i, image_id in enumerate(ids) if image_id in column], np.int64)
         while len(rows):

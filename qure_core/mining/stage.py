@@ -221,7 +221,7 @@ def _total(rows: Sequence[dict[str, Any]]) -> float:
 def _range_columns(blocks: Sequence[QueryBlock], plan: Plan) -> int:
     """Images that one task summarises: as many as bounds its time, fewer if slots would idle."""
     images = sum(len(block.corpus) for block in blocks)
-    return min(RANGE_COLUMNS, max(CHUNK_COLUMNS, -(-images // (2 * plan.slots))))
+    return min(RANGE_COLUMNS, max(CHUNK_COLUMNS // 4, -(-images // (2 * plan.slots))))
 
 
 def _stream(

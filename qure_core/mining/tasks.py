@@ -64,10 +64,19 @@ class RoundTask:
     precision: str
     memory_bytes: int
 
-    def words(self, block: QueryBlock) -> tuple[Tensor, Tensor | None]:
-        """Sampling words of the block's queries and of its corpus; none unless sets are sampled."""
+    def words(
+        self, block: QueryBlock, first: int = 0, last: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sampling words of the block's queries and of its corpus; none unless sets are sampled.
+
+        The corpus's are 0 outside of the columns ``first`` to ``last``.
+        """
         queries = query_words([t.query_id for t in block.triplets], self.seed, self.epoch)
-        return queries, image_words(block.corpus) if self.max_negatives else None
+        if not self.max_negatives:
+            return queries, None
+        corpus = torch.zeros(len(block.corpus), dtype=torch.int32)
+        corpus[first:last] = image_words(block.corpus[first:last])
+        return queries, corpus
 
     def columns(self, block: QueryBlock) -> tuple[Tensor, Tensor]:
         """Columns of the block's targets, and of its references or -1."""
@@ -164,9 +173,10 @@ def block_statistics(rows: pa.RecordBatch) -> dict[str, np.ndarray]:
 
 
 def ranges_of(block: QueryBlock, columns: int) -> list[tuple[int, int]]:
-    """The corpus of a block in ranges of about ``columns`` images, on the grid of tiles."""
-    size = -(-columns // IMAGE_TILE) * IMAGE_TILE
+    """The corpus of a block in even ranges of at most ``columns`` images, on the grid of tiles."""
     images = len(block.corpus)
+    count = -(-images // columns)
+    size = -(-images // count // IMAGE_TILE) * IMAGE_TILE
     return [(first, min(first + size, images)) for first in range(0, images, size)]
 
 
@@ -221,11 +231,13 @@ def _tile(images: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images, axis=1).astype(np.float32))
 
 
-def _read_anchors(block: QueryBlock, task: RoundTask) -> tuple[Tensor, Anchors, Tensor | None]:
+def _read_anchors(
+    block: QueryBlock, task: RoundTask, first: int = 0, last: int | None = None
+) -> tuple[Tensor, Anchors, Tensor | None]:
     data = storage.read_bytes(storage.join(task.scratch, anchors_name(block.number)))
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         known = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    query_word_Q, image_word_M = task.words(block)
+    query_word_Q, image_word_M = task.words(block, first, last)
     threshold = 0
     if task.max_negatives:
         threshold = threshold_for(task.max_negatives * _SAMPLED_PER_WANTED, len(block.corpus))
@@ -253,7 +265,7 @@ def write_summary(block: QueryBlock, part: int, task: RoundTask, columns: int) -
     if not storage.exists(uri):
         embeddings = EmbeddingShards.open(task.embeddings_uri)
         first, last = ranges_of(block, columns)[part]
-        target_score_Q, anchors, image_word_M = _read_anchors(block, task)
+        target_score_Q, anchors, image_word_M = _read_anchors(block, task, first, last)
         query_QD = query_embeddings(embeddings, [t.query_id for t in block.triplets])
         scorer = Scorer(query_QD, DTYPES[task.precision])
         anchors = anchors.to(scorer.device)

@@ -124,7 +124,7 @@ def test_a_killed_driver_a_killed_worker_and_a_deleted_file(
     tmp_path: Path, local_ray: None
 ) -> None:
     """Each ends, with the same call again, in the same bytes."""
-    mining = {"engine": "streaming", "max_negatives": 40, "corpus_range": 256, "query_block": 256}
+    mining = {"engine": "streaming", "max_negatives": 40, "corpus_range": 1024, "query_block": 256}
     mine(tmp_path / "whole", **mining)
 
     folder = tmp_path / "killed"
