@@ -175,7 +175,8 @@ def _products_share(images: int, rows: int, queries: int) -> tuple[float, float]
 
 def products_on_cores(images: int, queries: int) -> float:
     """Seconds of the products alone for ``queries`` over ``images``, each core its share."""
-    sample, best = 16_384, float("inf")
+    # A second or two on each core.
+    sample, best = max(2048, 16_384_000 // queries), float("inf")
     with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
         for rows in (256, 1024, 2048):
             list(pool.map(_products_share, [rows] * CORES, [rows] * CORES, [queries] * CORES))
