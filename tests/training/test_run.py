@@ -206,7 +206,8 @@ def test_mine_alone_gives_the_rounds_bytes(
     again = run_pipeline("mine", *settings, f"--output={output}", "--if-newer")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "nothing to do" in again.stdout
-    rows = read_mined_set(str(output)).table.select(["query_id", "negative_ids"]).to_pylist()
+    table = read_mined_set(str(output)).table.select(["query_id", "status", "negative_ids"])
+    rows = [row for row in table.to_pylist() if row["status"] == "steep"]
     picture = tmp_path / "curve.png"
     shown = run_pipeline(
         "mine", "inspect", str(output), f"--query={rows[0]['query_id']}", f"--picture={picture}"
