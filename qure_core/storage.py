@@ -136,6 +136,11 @@ def create(uri: str, data: bytes) -> bool:
             write_bytes(whole, data)
             try:
                 os.link(whole, path)  # whole from its first moment, or not made
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                with open(path, "xb") as file:
+                    file.write(data)
             finally:
                 os.unlink(whole)
         else:
