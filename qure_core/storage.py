@@ -92,21 +92,27 @@ def read_json(uri: str) -> Any:
         raise InputError(f"{uri}: not valid JSON ({error})") from None
 
 
+@contextmanager
+def _appearing(path: str) -> Iterator[str]:
+    """A name to write a local file under; it is renamed to ``path`` if all goes well."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file; on a local file system through a rename, so it is never half there."""
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.{uuid.uuid4().hex}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.unlink(partial)
+        with _appearing(path) as partial, open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
     else:
         fs.pipe_file(path, data)
 
@@ -115,14 +121,8 @@ def put_file(file: str, uri: str) -> None:
     """Move a local file to ``uri``; it appears whole."""
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.{uuid.uuid4().hex}.partial"
-        try:
+        with _appearing(path) as partial:
             shutil.move(file, partial)
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.unlink(partial)
     else:
         fs.put_file(file, path)
 
