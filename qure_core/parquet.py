@@ -34,6 +34,6 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 def read_parquet_parts(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Some columns of a file, a few rows at a time."""
-    yield from pq.ParquetFile(io.BytesIO(storage.read_bytes(uri))).iter_batches(
-        1024, columns=columns
-    )
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        yield from pq.ParquetFile(file).iter_batches(1024, columns=columns)

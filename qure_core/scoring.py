@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def corpus_tiles(
     """
     assert first % IMAGE_TILE == 0
     last = len(corpus) if last is None else last
-    column = {image_id: i for i, image_id in enumerate(corpus[first:last], first)}
+    wanted = set(corpus[first:last])
     tile_TMD = torch.empty(embeddings.tokens, IMAGE_TILE, embeddings.width)
     start, filled = first, 0
     shards = embeddings.shards_between(corpus[first], corpus[last - 1])
@@ -107,7 +108,7 @@ def corpus_tiles(
         if shard + 1 in shards:
             embeddings.read_ahead(shard + 1)
         ids, values = embeddings.images(shard)
-        rows = np.asarray([i for i, image_id in enumerate(ids) if image_id in column], np.int64)
+        rows = np.asarray([i for i, image_id in enumerate(ids) if image_id in wanted], np.int64)
         while len(rows):
             take, rows = rows[: IMAGE_TILE - filled], rows[IMAGE_TILE - filled :]
             # Neighbours, as in a corpus of every image, need no copy of their own.
@@ -195,8 +196,9 @@ def score_block(
     return next(chunks)[1]
 
 
+@cache
 def prepare_worker() -> None:
-    """Make this process a worker of one CPU."""
+    """Make this process a worker of one CPU, once: later objects must stay collectable."""
     torch.set_num_threads(1)
     # The loaded libraries' objects stay: looking at them again and again costs a sixth of the time.
     gc.freeze()

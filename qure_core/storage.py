@@ -94,11 +94,13 @@ def read_json(uri: str) -> Any:
 
 @contextmanager
 def _appearing(path: str) -> Iterator[str]:
-    """A name to write a local file under; it is renamed to ``path`` if all goes well."""
+    """A name to write a local file under; it is synced and renamed to ``path`` if all goes well."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
         yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):
@@ -109,10 +111,8 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file; on a local file system through a rename, so it is never half there."""
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        with _appearing(path) as partial, open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with _appearing(path) as partial:
+            Path(partial).write_bytes(data)
     else:
         fs.pipe_file(path, data)
 
@@ -243,9 +243,12 @@ def write_manifest(uri: str, kind: str, description: dict[str, Any], names: list
 
 def kept(uri: str, kind: str, facts: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a committed directory if it is whole and says ``facts``, else None."""
-    if not is_committed(uri) or _faults(uri, read_json(join(uri, MANIFEST))):
+    if not is_committed(uri):
         return None
-    manifest = read_manifest(uri, kind)
+    manifest: dict[str, Any] = read_json(join(uri, MANIFEST))
+    if _faults(uri, manifest):
+        return None
+    _check_kind(uri, manifest, kind)
     plain = json.loads(json.dumps(facts))
     return manifest if all(manifest.get(name) == plain[name] for name in plain) else None
 
@@ -280,6 +283,11 @@ def _faults(uri: str, manifest: dict[str, Any]) -> dict[str, str]:
     return faults
 
 
+def _check_kind(uri: str, manifest: dict[str, Any], kind: str) -> None:
+    if manifest.get("kind") != kind:
+        raise InputError(f"{uri}: holds a {manifest.get('kind')!r}, where a {kind!r} is needed")
+
+
 def is_committed(uri: str) -> bool:
     return exists(join(uri, MANIFEST))
 
@@ -289,8 +297,7 @@ def read_manifest(uri: str, kind: str) -> dict[str, Any]:
     if not is_committed(uri):
         raise InputError(f"{uri}: no {MANIFEST}, so this is not a finished {kind}")
     manifest: dict[str, Any] = read_json(join(uri, MANIFEST))
-    if manifest.get("kind") != kind:
-        raise InputError(f"{uri}: holds a {manifest.get('kind')!r}, where a {kind!r} is needed")
+    _check_kind(uri, manifest, kind)
     for name, found in _faults(uri, manifest).items():
         raise InputError(
             f"{join(uri, name)}: {found}, but its manifest says "

@@ -143,7 +143,7 @@ def evaluate_protocol(
             storage.write_bytes(storage.join(uri, name), storage.compact_json(value))
         del facts["judgements"]
         storage.write_manifest(uri, RESULT_KIND, facts | {"result": result}, list(files))
-        storage.remove(job.output)
+    storage.remove(f"{uri}-embeddings")  # also where a process was killed before it came here
     return storage.read_manifest(uri, RESULT_KIND) | {"uri": uri}
 
 

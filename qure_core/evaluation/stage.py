@@ -138,11 +138,12 @@ def evaluate_checkpoint(
         "gallery": settings.evaluation.gallery,
         "split": split.name,
     }
+    job = evaluation_job(settings, split, output)
     if manifest := storage.kept(output, EVALUATION_KIND, facts):
+        storage.remove(job.output)  # left by a process killed right after it committed
         return manifest
     storage.remove(output)
     galleries = galleries_of(split, settings.evaluation.gallery)
-    job = evaluation_job(settings, split, output)
     embed_splits(checkpoint, [job], settings.cluster, plan, settings.data.max_image_pixels)
     names = rank_queries(
         name,

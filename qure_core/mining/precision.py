@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from qure_core import storage
+from qure_core.mining.rule import STATUSES
 from qure_core.mining.tasks import RoundTask, fp32_rows, part_name
 from qure_core.parquet import read_parquet
 from qure_core.resources import Plan
@@ -49,10 +50,15 @@ def _compare(block: QueryBlock, part: int, task: RoundTask) -> dict[str, Any]:
     table = read_parquet(storage.join(task.output, part_name(block.number)), columns)
     mined = {row["query_id"]: row for row in table.to_pylist()}
 
-    def drops(row: dict[str, Any]) -> tuple[Any, ...]:
-        both = (row["upper_drop"], row["lower_drop"])
-        return row["status"], *(d and d["rank"] - row["target_rank"] for d in both)
+    changed = 0
+    for triplet, row in zip(block.triplets, fp32_rows(block, task), strict=True):
+        there = mined[triplet.query_id]
+        places = [drop and drop["rank"] for drop in (there["upper_drop"], there["lower_drop"])]
+        before = (there["status"], *_below(places, there["target_rank"]))
+        places = [drop and drop.rank for drop in (row.upper, row.lower)]
+        changed += before != (STATUSES[row.status], *_below(places, row.target_rank))
+    return {"sampled": len(block.triplets), "changed": changed}
 
-    exact = fp32_rows(block, task, columns).to_pylist()
-    changed = sum(drops(row) != drops(mined[row["query_id"]]) for row in exact)
-    return {"sampled": len(exact), "changed": changed}
+
+def _below(ranks: Sequence[int | None], target_rank: int) -> list[int | None]:
+    return [None if rank is None else rank - target_rank for rank in ranks]

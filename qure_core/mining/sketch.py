@@ -12,14 +12,15 @@ Shapes: Q queries, C images of a chunk, B buckets, R keys kept at either end.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qure_core.mining.keys import LAST_KEY, key_columns, pack_key, pack_keys, sort_keys_
+from qure_core.mining.keys import LAST_KEY, key_columns, key_scores, pack_key, pack_keys, sort_keys_
 from qure_core.mining.sampling import priorities
 from qure_core.mining.steep_drops import refuse_bad_scores
 
@@ -59,25 +60,23 @@ class Anchors:
 
     def rows(self, rows: Tensor) -> Anchors:
         """The anchors of some queries."""
-        return Anchors(
-            self.target_key_Q[rows],
-            self.reference_Q[rows],
-            self.low_Q[rows],
-            self.word_Q[rows],
-            self.threshold,
-        )
+        return self._each(lambda column_Q: column_Q[rows])
 
     def to(self, device: torch.device) -> Anchors:
+        return self._each(lambda column_Q: column_Q.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Anchors:
         return Anchors(
-            self.target_key_Q.to(device),
-            self.reference_Q.to(device),
-            self.low_Q.to(device),
-            self.word_Q.to(device),
+            change(self.target_key_Q),
+            change(self.reference_Q),
+            change(self.low_Q),
+            change(self.word_Q),
             self.threshold,
         )
 
-    def edges(self, target_score_Q: Tensor) -> Tensor:
-        """Bucket edges [Q, B + 1] as keys, evenly spaced in score down to ``low``."""
+    def edges(self) -> Tensor:
+        """Bucket edges [Q, B + 1] as keys, evenly spaced in score from the target to ``low``."""
+        target_score_Q = key_scores(self.target_key_Q)
         width_Q = ((target_score_Q - self.low_Q) / (BUCKETS - 1)).clamp(min=1e-7)
         step_B = torch.arange(1, BUCKETS, device=width_Q.device)
         inner = target_score_Q[:, None] - width_Q[:, None] * step_B
@@ -213,15 +212,25 @@ class Summary:
         self.sample_key_N = torch.cat([self.sample_key_N, other.sample_key_N])
 
     def to_bytes(self) -> bytes:
-        """The summary as an uncompressed .npz file."""
-        file = io.BytesIO()
-        np.savez(file, **{name: value.cpu().numpy() for name, value in vars(self).items()})
-        return file.getvalue()
+        return tensors_to_bytes(vars(self))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Summary:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return cls(**{name: torch.from_numpy(arrays[name]) for name in arrays.files})
+        return cls(**tensors_from_bytes(data))
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Named tensors as an uncompressed .npz file."""
+    file = io.BytesIO()
+    arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in tensors.items()}
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def tensors_from_bytes(data: bytes) -> dict[str, Tensor]:
+    """The tensors of an .npz file, without running any pickle in it."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
 def merged(summaries: Iterable[Summary]) -> Summary:

@@ -69,10 +69,77 @@ def mine_round(
     not committed if it was lost. Images are taken to be the same under the same id.
     """
     facts = round_facts(settings, checkpoint, split, corpora, epoch)
+    mining = settings.mining
+    job = mining_job(split, corpora, output, mining.stored)
+    scratch = f"{output}-scratch"
     if manifest := storage.kept(output, MINED_KIND, facts):
+        # A process that was killed between the commit and its tidying left these.
+        storage.remove(job.output)
+        storage.remove(scratch)
         return manifest
     check_corpora(split, corpora)
-    return _mine(settings, plan, checkpoint, split, corpora, output, facts, lease)
+    embed_splits(
+        checkpoint,
+        [job],
+        settings.cluster,
+        plan,
+        settings.data.max_image_pixels,
+        mining.corpus_shards,
+    )
+    # The pass may have been made, for this and other stages together, before this call.
+    embed_seconds = storage.read_manifest(job.output, EMBEDDINGS_KIND)["seconds"]
+    embedded = time.monotonic()
+    engine = choose_engine(settings, corpora)
+    blocks = _blocks(settings, engine, split.triplets, corpora)
+    layout = {"engine": engine, "blocks": [[b.category, len(b.triplets)] for b in blocks]}
+    storage.resume(output, facts | layout)
+    columns = mining.corpus_range or _range_columns(blocks, plan)
+    storage.resume(scratch, facts | layout | {"range": columns})
+    task = RoundTask(
+        embeddings_uri=job.output,
+        output=output,
+        scratch=scratch,
+        seed=settings.run.seed,
+        epoch=facts["epoch"],
+        exclude_reference=mining.exclude_reference,
+        rule=drop_rule(settings),
+        max_negatives=mining.max_negatives,
+        precision=mining.precision,
+        memory_bytes=mining.memory_mb * 2**20,
+    )
+    name = f"mine epoch {facts['epoch']}"
+    seconds: dict[str, float] = {}
+    if engine == "sort":
+        rows = map_blocks(
+            name, blocks, mine_by_sorting, arguments={"task": task}, resources=plan.score
+        )
+        peaks = rows
+    else:
+        rows, seconds, peaks = _stream(name, blocks, task, plan, columns)
+    mined = time.monotonic()
+    seconds = {
+        "embed": embed_seconds,
+        **seconds,
+        "score, sort and write" if engine == "sort" else "settle and write": _total(rows),
+        "score to write, wall": round(mined - embedded, 3),
+    }
+    description = facts | {
+        "engine": engine,
+        "queries": len(split.triplets),
+        "corpus_images": {category: len(ids) for category, ids in corpora.items()},
+        "seconds": seconds,
+        "peak_task_memory_mb": round(max(float(row["peak_mb"]) for row in peaks), 1),
+        "statistics": summarise(rows),
+    }
+    if engine == "streaming":
+        description["second_looks"] = sum(int(row["second_looks"]) for row in rows)
+    if mining.precision != "fp32":
+        description["precision_check"] = precision_check(task, blocks, plan)
+    lease.check()
+    storage.write_manifest(output, MINED_KIND, description, [part_name(b.number) for b in blocks])
+    storage.remove(job.output)
+    storage.remove(scratch)
+    return storage.read_manifest(output, MINED_KIND)
 
 
 def hold_round(output: str, *, wait: bool = False) -> AbstractContextManager[Lease]:
@@ -135,83 +202,6 @@ def _blocks(
     # A streaming task holds, per query, the scores of a chunk and a summary.
     held = CHUNK_COLUMNS + summary_bytes(mining.max_negatives) // BYTES_PER_SCORE
     return make_blocks(triplets, corpora, mining.memory_mb, mining.query_block, held)
-
-
-def _mine(
-    settings: Settings,
-    plan: Plan,
-    checkpoint: str,
-    split: Split,
-    corpora: dict[str, tuple[str, ...]],
-    output: str,
-    facts: dict[str, Any],
-    lease: Lease,
-) -> dict[str, Any]:
-    mining = settings.mining
-    job = mining_job(split, corpora, output, mining.stored)
-    embed_splits(
-        checkpoint,
-        [job],
-        settings.cluster,
-        plan,
-        settings.data.max_image_pixels,
-        mining.corpus_shards,
-    )
-    # The pass may have been made, for this and other stages together, before this call.
-    embed_seconds = storage.read_manifest(job.output, EMBEDDINGS_KIND)["seconds"]
-    embedded = time.monotonic()
-    engine = choose_engine(settings, corpora)
-    blocks = _blocks(settings, engine, split.triplets, corpora)
-    layout = {"engine": engine, "blocks": [[b.category, len(b.triplets)] for b in blocks]}
-    scratch = f"{output}-scratch"
-    storage.resume(output, facts | layout)
-    columns = mining.corpus_range or _range_columns(blocks, plan)
-    storage.resume(scratch, facts | layout | {"range": columns})
-    task = RoundTask(
-        embeddings_uri=job.output,
-        output=output,
-        scratch=scratch,
-        seed=settings.run.seed,
-        epoch=facts["epoch"],
-        exclude_reference=mining.exclude_reference,
-        rule=drop_rule(settings),
-        max_negatives=mining.max_negatives,
-        precision=mining.precision,
-        memory_bytes=mining.memory_mb * 2**20,
-    )
-    name = f"mine epoch {facts['epoch']}"
-    seconds: dict[str, float] = {}
-    if engine == "sort":
-        rows = map_blocks(
-            name, blocks, mine_by_sorting, arguments={"task": task}, resources=plan.score
-        )
-        peaks = rows
-    else:
-        rows, seconds, peaks = _stream(name, blocks, task, plan, columns)
-    mined = time.monotonic()
-    seconds = {
-        "embed": embed_seconds,
-        **seconds,
-        "score, sort and write" if engine == "sort" else "settle and write": _total(rows),
-        "score to write, wall": round(mined - embedded, 3),
-    }
-    description = facts | {
-        "engine": engine,
-        "queries": len(split.triplets),
-        "corpus_images": {category: len(ids) for category, ids in corpora.items()},
-        "seconds": seconds,
-        "peak_task_memory_mb": round(max(float(row["peak_mb"]) for row in peaks), 1),
-        "statistics": summarise(rows),
-    }
-    if engine == "streaming":
-        description["second_looks"] = sum(int(row["second_looks"]) for row in rows)
-    if mining.precision != "fp32":
-        description["precision_check"] = precision_check(task, blocks, plan)
-    lease.check()
-    storage.write_manifest(output, MINED_KIND, description, [part_name(b.number) for b in blocks])
-    storage.remove(job.output)
-    storage.remove(scratch)
-    return storage.read_manifest(output, MINED_KIND)
 
 
 def _total(rows: Sequence[dict[str, Any]]) -> float:

@@ -29,9 +29,9 @@ from qure_core.mining.rule import (
     neighbourhood,
     relative_height,
 )
-from qure_core.mining.sampling import HIGHEST, lowest, priorities, threshold_for
-from qure_core.mining.sketch import BUCKETS, FIRST_KEY, Anchors, Summary, ranked_keys
-from qure_core.mining.table import Drop, MinedRow, curve_ranks
+from qure_core.mining.sampling import HIGHEST, priorities, threshold_for
+from qure_core.mining.sketch import BUCKETS, FIRST_KEY, Anchors, Summary, bucketed, ranked_keys
+from qure_core.mining.table import Drop, MinedRow, curve_ranks, sample_keys
 
 LIST_AT_MOST = 65_536  # keys of one query that a request lists; more are cut finer first
 
@@ -111,13 +111,13 @@ class QueryRanking:
         # Images of one score hide only drops of nothing, whose positions are known.
         self.open_S = (self.count_S > 2) & (self.range_S > 0)
 
-    def replace(self, chosen_S: np.ndarray, parts: Sequence[tuple[np.ndarray, ...]]) -> None:
-        """Put (first, last, count) arrays in the place of the segments at ``chosen_S``."""
+    def replace(self, chosen_S: np.ndarray, *parts: np.ndarray) -> None:
+        """Put other segments, (first, last, count), in the place of those at ``chosen_S``."""
         keep = np.ones(len(self.count_S), bool)
         keep[chosen_S] = False
         columns = [
-            np.concatenate([column[keep], *(part[i] for part in parts)])
-            for i, column in enumerate((self.first_S, self.last_S, self.count_S))
+            np.concatenate([column[keep], part])
+            for column, part in zip((self.first_S, self.last_S, self.count_S), parts, strict=True)
         ]
         order = np.argsort(columns[0], kind="stable")
         self.first_S, self.last_S, self.count_S = (column[order] for column in columns)
@@ -131,7 +131,7 @@ class QueryRanking:
         if len(covered):
             low, high = self.first_S[covered[0]], self.last_S[covered[-1]]
             own = keys[(keys >= low) & (keys <= high)]
-            self.replace(covered, [(own, own, np.ones(len(own), np.int64))])
+            self.replace(covered, own, own, np.ones(len(own), np.int64))
 
     def key_at(self, position: int) -> int:
         """The key at a position below the target, 0 the first."""
@@ -190,33 +190,21 @@ class QueryRanking:
     def _members(self, first: int, last: int, size: int, wanted: int | None) -> np.ndarray:
         """Keys of the range ``first .. last``, all ``size`` of them or the sample of ``wanted``."""
         word = torch.tensor(self.word, dtype=torch.int32)
-
-        def sampled(keys: np.ndarray) -> np.ndarray:
-            assert wanted is not None
-            assert self.image_words is not None
-            words = self.image_words[key_columns(torch.from_numpy(keys))]
-            return keys[lowest(priorities(word, words), wanted).numpy()]
-
-        whole = wanted is None or size <= wanted
         inside = (self.first_S >= first) & (self.last_S <= last)
         if self.count_S[inside].sum() == size and (self.count_S[inside] == 1).all():
-            keys = self.first_S[inside]
-            return keys if whole else sampled(keys)
-        if not whole:
-            assert wanted is not None
+            return sample_keys(self.first_S[inside], word, self.image_words, wanted)
+        threshold = HIGHEST
+        if wanted is not None and wanted < size:
             kept = self.sample[(self.sample >= first) & (self.sample <= last)]
             if len(kept) >= wanted:
-                return sampled(kept)
-        threshold = HIGHEST
-        if not whole:
-            assert wanted is not None
+                return sample_keys(kept, word, self.image_words, wanted)
             threshold = threshold_for(wanted, size)
         while (first, last, threshold) in self.answers:
             keys = self.answers[first, last, threshold]
             if threshold == HIGHEST:
                 _check_count(len(keys), size)
             if threshold == HIGHEST or len(keys) >= (wanted or 0):
-                return keys if whole else sampled(keys)
+                return sample_keys(keys, word, self.image_words, wanted)
             threshold = min(HIGHEST, 2 * threshold)
         raise _Listing((first, last, threshold))
 
@@ -313,7 +301,7 @@ class QueryRanking:
             listed.append(keys)
         if known:
             keys = np.concatenate(listed)
-            self.replace(np.asarray(known), [(keys, keys, np.ones(len(keys), np.int64))])
+            self.replace(np.asarray(known), keys, keys, np.ones(len(keys), np.int64))
         if len(request.cut):
             count, low, high = answer.cut
             own = np.searchsorted(self.first_S, request.cut[:-1], side="right") - 1
@@ -323,7 +311,7 @@ class QueryRanking:
             found = np.bincount(place, weights=count[inside]).astype(np.int64)
             for one, expected in zip(found.tolist(), self.count_S[chosen].tolist(), strict=True):
                 _check_count(one, expected)
-            self.replace(chosen, [(low[inside], high[inside], count[inside])])
+            self.replace(chosen, low[inside], high[inside], count[inside])
 
 
 class _Listing(Exception):
@@ -350,12 +338,12 @@ def _cut(first: int, last: int, pieces: int) -> np.ndarray:
 
 def rankings(summary: Summary, anchors: Anchors, image_words: Tensor | None) -> list[QueryRanking]:
     """Each query's ranking as its summary knows it."""
-    by_row: list[list[np.ndarray]] = [[] for _ in range(len(anchors.word_Q))]
+    queries = len(anchors.word_Q)
     order = torch.argsort(summary.sample_row_N, stable=True)
     row_N, key_N = summary.sample_row_N[order], summary.sample_key_N[order].numpy()
-    bounds = torch.searchsorted(row_N, torch.arange(len(by_row) + 1)).tolist()
+    bounds = torch.searchsorted(row_N, torch.arange(queries + 1)).tolist()
     result = []
-    for q in range(len(by_row)):
+    for q in range(queries):
         ranking = QueryRanking(
             target_key=int(anchors.target_key_Q[q]),
             target_rank=int(summary.above_Q[q]),
@@ -397,12 +385,11 @@ def answer(
                 listed[row][place].append(some.copy())
             if len(requests[row].cut):
                 count, low, high = cut[row]
-                places = keys.searchsorted(requests[row].cut)
-                inside = np.diff(places)
-                full = inside > 0
-                count += inside
-                low[full] = np.minimum(low[full], keys[places[:-1][full]])
-                high[full] = np.maximum(high[full], keys[places[1:][full] - 1])
+                one, edges = (torch.from_numpy(x)[None] for x in (keys, requests[row].cut))
+                more, first, last = (x[0].numpy() for x in bucketed(one, edges)[:3])
+                count += more
+                np.minimum(low, first, out=low)
+                np.maximum(high, last, out=high)
     return {
         row: Answer(
             [np.sort(np.concatenate([_NO_KEYS, *parts])) for parts in listed[row]], cut[row]
@@ -425,13 +412,12 @@ def _no_buckets(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def summarise_chunks(
     chunks: Iterable[tuple[int, Tensor]],
-    target_score_Q: Tensor,
     anchors: Anchors,
     image_words: Tensor | None,
 ) -> Summary:
     """The summary of all queries over the chunks."""
-    summary = Summary.empty(len(anchors.word_Q), target_score_Q.device)
-    edges_QE = anchors.edges(target_score_Q)
+    summary = Summary.empty(len(anchors.word_Q), anchors.word_Q.device)
+    edges_QE = anchors.edges()
     for first_column, scores_QC in chunks:
         words = None
         if image_words is not None:

@@ -6,7 +6,6 @@ killed goes on from the files it has.
 
 from __future__ import annotations
 
-import io
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,15 @@ from qure_core.embedding_shards import EmbeddingShards
 from qure_core.mining.mined_set import MINED_SCHEMA
 from qure_core.mining.rule import STATUSES, DropRule
 from qure_core.mining.sampling import image_words, query_words, threshold_for
-from qure_core.mining.sketch import BUCKETS, ENDS, Anchors, Summary, merged
+from qure_core.mining.sketch import (
+    BUCKETS,
+    ENDS,
+    Anchors,
+    Summary,
+    merged,
+    tensors_from_bytes,
+    tensors_to_bytes,
+)
 from qure_core.mining.steep_drops import steep_drop_negatives
 from qure_core.mining.streaming import settle_all, summarise_chunks
 from qure_core.mining.table import MinedRow, rows_of, to_table
@@ -214,15 +221,13 @@ def write_anchors(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
             # A hundred images reach 2.6 deviations below their mean, a million about 4.9.
             low, mean = few_QM.amin(dim=1), few_QM.mean(dim=1)
             lows.append((low - 0.9 * (mean - low)).cpu())
-        file = io.BytesIO()
-        np.savez(
-            file,
-            target_score=torch.cat(scores).numpy(),
-            low=torch.cat(lows).numpy(),
-            target=target_Q.numpy(),
-            reference=reference_Q.numpy(),
-        )
-        storage.write_bytes(uri, file.getvalue())
+        known = {
+            "target_score": torch.cat(scores),
+            "low": torch.cat(lows),
+            "target": target_Q,
+            "reference": reference_Q,
+        }
+        storage.write_bytes(uri, tensors_to_bytes(known))
     return {"peak_mb": _peak_mb()}
 
 
@@ -233,10 +238,9 @@ def _tile(images: Sequence[np.ndarray]) -> Tensor:
 
 def _read_anchors(
     block: QueryBlock, task: RoundTask, first: int = 0, last: int | None = None
-) -> tuple[Tensor, Anchors, Tensor | None]:
-    data = storage.read_bytes(storage.join(task.scratch, anchors_name(block.number)))
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        known = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+) -> tuple[Anchors, Tensor | None]:
+    uri = storage.join(task.scratch, anchors_name(block.number))
+    known = tensors_from_bytes(storage.read_bytes(uri))
     query_word_Q, image_word_M = task.words(block, first, last)
     threshold = 0
     if task.max_negatives:
@@ -249,7 +253,7 @@ def _read_anchors(
         query_word_Q,
         threshold,
     )
-    return known["target_score"], anchors, image_word_M
+    return anchors, image_word_M
 
 
 def summary_bytes(max_negatives: int | None) -> int:
@@ -265,14 +269,12 @@ def write_summary(block: QueryBlock, part: int, task: RoundTask, columns: int) -
     if not storage.exists(uri):
         embeddings = EmbeddingShards.open(task.embeddings_uri)
         first, last = ranges_of(block, columns)[part]
-        target_score_Q, anchors, image_word_M = _read_anchors(block, task, first, last)
+        anchors, image_word_M = _read_anchors(block, task, first, last)
         query_QD = query_embeddings(embeddings, [t.query_id for t in block.triplets])
         scorer = Scorer(query_QD, DTYPES[task.precision])
-        anchors = anchors.to(scorer.device)
         summary = summarise_chunks(
             score_chunks(scorer, embeddings, block.corpus, CHUNK_COLUMNS, first, last),
-            target_score_Q.to(scorer.device),
-            anchors,
+            anchors.to(scorer.device),
             None if image_word_M is None else image_word_M.to(scorer.device),
         )
         storage.write_bytes(uri, summary.to_bytes())
@@ -310,7 +312,7 @@ def mine_by_streaming(
         level, count = left[block.number]
         names = [summary_name(block.number, level, number) for number in range(count)]
         summary = merged(_read_summaries(task, names))
-        _, anchors, image_word_M = _read_anchors(block, task)
+        anchors, image_word_M = _read_anchors(block, task)
         embeddings = EmbeddingShards.open(task.embeddings_uri)
         query_QD = query_embeddings(embeddings, [t.query_id for t in block.triplets])
 
@@ -333,12 +335,9 @@ def mine_by_streaming(
     return _write_part(block, task, mine) | {"second_looks": sum(looked)}
 
 
-def fp32_rows(block: QueryBlock, task: RoundTask, columns: list[str]) -> pa.Table:
-    """Some columns of a block's rows by sorting in fp32, in passes that fit the memory."""
+def fp32_rows(block: QueryBlock, task: RoundTask) -> Iterator[MinedRow]:
+    """A block's rows by sorting in fp32, in passes that fit the memory."""
     step = max(1, task.memory_bytes // 4 // (4 * len(block.corpus)))
-    tables = []
     for first in range(0, len(block.triplets), step):
         part = replace(block, triplets=block.triplets[first : first + step])
-        rows = _sorted_rows(part, task, torch.float32)
-        tables += [table.select(columns) for table in _tables(part, task, rows)]
-    return pa.concat_tables(tables)
+        yield from _sorted_rows(part, task, torch.float32)

@@ -246,9 +246,14 @@ def test_manifest_commits_the_round(
     assert (np.diff(row["curve_scores"]) <= 0).all()
     assert (np.diff(row["curve_ranks"]) > 0).all()
     assert row["target_rank"] in row["curve_ranks"]
-    # A second call finds the committed round and does nothing.
+    # A second call finds the committed round, and what a kill after the commit left beside it.
     before = (Path(mined) / "manifest.json").stat().st_mtime_ns
+    leftovers = [Path(f"{mined}-embeddings"), Path(f"{mined}-scratch")]
+    for leftover in leftovers:
+        leftover.mkdir()
+        (leftover / "file").touch()
     mine(data, checkpoint[0], mined)
+    assert not any(leftover.exists() for leftover in leftovers)
     assert (Path(mined) / "manifest.json").stat().st_mtime_ns == before
 
 

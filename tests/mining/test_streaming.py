@@ -67,9 +67,7 @@ def by_streaming(
     bounds = [0, *sorted(set(cuts) - {0, images}), images]
     summaries = [
         Summary.from_bytes(
-            summarise_chunks(
-                chunks(range(len(scores)), a, b), target_score, anchors, words[1]
-            ).to_bytes()
+            summarise_chunks(chunks(range(len(scores)), a, b), anchors, words[1]).to_bytes()
         )
         for a, b in itertools.pairwise(bounds)
     ]
@@ -286,7 +284,7 @@ def test_scores_that_change_between_looks_are_noticed() -> None:
     target, reference = scores.argmax(dim=1), torch.tensor([-1])
     words = names(1, 5000)
     anchors = Anchors.of(scores[0, target], target, reference, scores.amin(1), words[0], 0)
-    summary = summarise_chunks([(0, scores)], scores[0, target], anchors, None)
+    summary = summarise_chunks([(0, scores)], anchors, None)
 
     def other(rows: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         yield 0, scores[list(rows)] * 1.001
