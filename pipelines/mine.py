@@ -59,7 +59,7 @@ def mine(arguments: list[str]) -> None:
     else:
         output = round_uri(settings.run.dir, epoch)
         # The run's own training reads this round.
-        check_settings(settings, ["run", "data", "mining", "cluster"])
+        check_settings(settings, ["run", "data", "model", "mining", "cluster"])
     storage.check_writable(output.rsplit("/", 1)[0], "output" if chosen.output else "run.dir")
     split = load_split(settings.data, "train")
     corpora = mining_galleries(settings.data, split)

@@ -91,6 +91,10 @@ class ModelSettings(_Section):
         description="WordPiece vocabulary size when it is learned from the data, tokens",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the Q-Former while training")
+    vision_precision: Literal["fp16", "fp32"] = Field(
+        "fp16",
+        description="of the frozen vision encoder's features, stored or not; fp16 is BLIP-2's",
+    )
 
 
 class PretrainSettings(_Section):
@@ -123,6 +127,9 @@ class TrainSettings(_Section):
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay of every parameter")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="autocast type; auto: bf16 or fp16 on a GPU, fp32 on a CPU"
+    )
+    compile: bool = Field(
+        False, description="compile the step with torch.compile (needs a C++ compiler)"
     )
     eval_every: int | None = Field(
         None,
@@ -220,6 +227,17 @@ class ClusterSettings(_Section):
     max_failures: int = Field(2, ge=0, description="training worker failures survived per stage")
 
 
+class FeatureStoreSettings(_Section):
+    dir: str = Field(
+        "features", description="directory of feature stores: a path or URI that all nodes see"
+    )
+    cache_dir: str = Field(
+        "/tmp/qure-features",
+        description="local directory in which a node keeps what it fetches of a remote store",
+    )
+    shard_images: int = Field(256, ge=1, description="images in one file of a store")
+
+
 class ReportSettings(_Section):
     examples: int = Field(6, ge=0, le=100, description="example queries shown in the report")
 
@@ -240,6 +258,12 @@ class Settings(BaseSettings):
     mining: MiningSettings = MiningSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()
+    features: Literal["auto", "required", "build", "off"] = Field(
+        "auto",
+        description="the frozen encoder's features: auto reads a feature store that has all that "
+        "is needed, required insists on one, build fills it first, off computes them",
+    )
+    feature_store: FeatureStoreSettings = FeatureStoreSettings()
     report: ReportSettings = ReportSettings()
 
     @classmethod
@@ -364,4 +388,5 @@ def load_settings(
         )
     settings.run.dir = storage.resolve(settings.run.dir)
     settings.data.root = storage.resolve(settings.data.root)
+    settings.feature_store.dir = storage.resolve(settings.feature_store.dir)
     return settings, namespace

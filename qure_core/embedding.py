@@ -22,7 +22,8 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from qure_core import storage
-from qure_core.config import ClusterSettings
+from qure_core.arrow_files import write_arrow
+from qure_core.config import Settings
 from qure_core.data.images import load_image
 from qure_core.data.schema import Split, Triplet
 from qure_core.embedding_shards import (
@@ -32,6 +33,8 @@ from qure_core.embedding_shards import (
     shard_files,
 )
 from qure_core.errors import InputError
+from qure_core.features.store import StoredFeatures
+from qure_core.features.use import usable_store
 from qure_core.progress import Progress
 from qure_core.resources import Plan, granted_device
 
@@ -42,23 +45,43 @@ SHAPES = "shapes.json"  # of one embedding, the same from every shard
 class _Embedder:
     """Actor: embeds whole shards and writes them."""
 
-    def __init__(
-        self, checkpoint: str, batch: int, threads: int, cpus: int, max_pixels: int
-    ) -> None:
+    def __init__(self, checkpoint: str, settings: dict[str, Any], store: str | None) -> None:
         # Here, so that tasks which only read embeddings need not import transformers.
-        from qure_core.model import encoder_autocast, load_model
+        from qure_core.model import encode_frozen, load_model
 
-        torch.set_num_threads(cpus)
-        self.autocast = encoder_autocast
+        self.settings, self.store = Settings(**settings), store
+        cluster = self.settings.cluster
+        torch.set_num_threads(cluster.cpus_per_embed_actor)
         self.device = granted_device()
         directory = storage.local_directory(checkpoint, CHECKPOINT_KIND, verify=True)
         model, self.processor = load_model(str(directory))
         self.model = model.eval().to(self.device)
-        self.batch, self.max_pixels = batch, max_pixels
-        self.pool = ThreadPoolExecutor(threads)
+        self.batch = cluster.embed_batch
+        self.encode = encode_frozen
+        self.pool = ThreadPoolExecutor(cluster.decode_threads)
 
-    def _pixels(self, uri: str) -> np.ndarray:
-        return self.processor.image_bytes(load_image(uri, self.max_pixels))
+    def _features(self, images: dict[str, str]) -> Iterator[torch.Tensor]:
+        """Features [B, P, W] of the images (URIs by id), batch by batch: stored, or computed."""
+        ids = list(images)
+        batches = [ids[start : start + self.batch] for start in range(0, len(ids), self.batch)]
+        if self.store:
+            stored = StoredFeatures(self.store, images, self.settings.feature_store.cache_dir)
+            for batch in batches:
+                yield stored(batch).to(self.device)
+            return
+
+        def pixels(image_id: str) -> np.ndarray:
+            limit = self.settings.data.max_image_pixels
+            return self.processor.image_bytes(load_image(images[image_id], limit))
+
+        precision = self.settings.model.vision_precision
+        decoded = [self.pool.map(pixels, batch) for batch in batches[:1]]
+        for number in range(len(batches)):
+            own = np.stack(list(decoded.pop()))
+            # The next batch is decoded while this one is encoded.
+            decoded = [self.pool.map(pixels, batch) for batch in batches[number + 1 : number + 2]]
+            pixel_values = self.processor.pixel_values(own).to(self.device)
+            yield self.encode(self.model.vision_encoder, pixel_values, precision)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         assert len(rows["shard"]) == 1, "one shard a call"
@@ -83,17 +106,10 @@ class _Embedder:
         image_parts: list[np.ndarray] = []
         query_ids: list[str] = []
         query_parts: list[np.ndarray] = []
-        starts = range(0, len(image_ids), self.batch)
-        pending = self._decode(uris, 0)
-        for start in starts:
-            pixels = np.stack(list(pending))
-            pending = self._decode(uris, start + self.batch)
+        uri_of = dict(zip(map(str, image_ids), map(str, uris), strict=True))
+        for number, vision_BPW in enumerate(self._features(uri_of)):
+            start = number * self.batch
             batch_ids = image_ids[start : start + self.batch]
-            with self.autocast(self.device):
-                vision_BPW = self.model.encode_vision(
-                    self.processor.pixel_values(pixels).to(self.device)
-                )
-            vision_BPW = vision_BPW.float()
             chosen = [i for i in range(len(batch_ids)) if wanted[start + i]]
             if chosen:
                 kept_ids += [str(batch_ids[i]) for i in chosen]
@@ -125,19 +141,13 @@ class _Embedder:
         write_shard(output, query_file, query_ids, vectors)
         return {"images": len(image_ids)}
 
-    def _decode(self, uris: Sequence[str], start: int) -> Iterator[np.ndarray]:
-        return self.pool.map(self._pixels, [str(u) for u in uris[start : start + self.batch]])
-
 
 def write_shard(output: str, name: str, ids: list[str], values: np.ndarray) -> None:
     """Write ids and their embeddings [n, ...] as one Arrow IPC file, to be read by memory map."""
     flat = pa.array(values.reshape(-1))
     width = int(np.prod(values.shape[1:]))
     table = pa.table({"id": ids, "embedding": pa.FixedSizeListArray.from_arrays(flat, width)})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    storage.write_bytes(storage.join(output, name), sink.getvalue().to_pybytes())
+    write_arrow(storage.join(output, name), table)
 
 
 def _concatenate(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -150,7 +160,7 @@ def _shards(job: EmbedJob, batch: int, shards: int | None) -> list[dict[str, lis
     queries_of: dict[str, list[Triplet]] = {}
     for triplet in sorted(split.triplets, key=lambda t: t.query_id):
         queries_of.setdefault(triplet.reference_id, []).append(triplet)
-    image_ids = sorted(corpus | set(queries_of))
+    image_ids = list(job.images())
     batches = [image_ids[start : start + batch] for start in range(0, len(image_ids), batch)]
     count = min(shards or -(-len(image_ids) // IMAGES_PER_SHARD), len(batches))
     rows: list[dict[str, list[Any]]] = []
@@ -201,6 +211,11 @@ class EmbedJob:
     output: str
     dtype: str = "float32"
 
+    def images(self) -> dict[str, str]:
+        """URIs of the images that it takes, by id, sorted."""
+        wanted = self.corpus | {triplet.reference_id for triplet in self.split.triplets}
+        return {image_id: self.split.images[image_id] for image_id in sorted(wanted)}
+
     def digest(self) -> str:
         """A digest of what is embedded, by name."""
         whole = hashlib.sha256(
@@ -212,22 +227,24 @@ class EmbedJob:
 def embed_splits(
     checkpoint: str,
     jobs: Sequence[EmbedJob],
-    cluster: ClusterSettings,
+    settings: Settings,
     plan: Plan,
-    max_pixels: int,
     shards: int | None = None,
 ) -> None:
     """Embed every job with ``checkpoint`` in one pool of actors and commit each to its output.
 
-    An output already made from the same checkpoint and inputs is kept.
+    An output already made from the same checkpoint and inputs is kept. Features come from the
+    feature store if ``settings.features`` lets them, with the same result.
     """
     digest = checkpoint_digest(checkpoint)
+    cluster = settings.cluster
     keys = {
         job.output: {
             "checkpoint": digest,
             "split": job.split.name,
             "inputs": job.digest(),
             "batch": cluster.embed_batch,
+            "vision_precision": settings.model.vision_precision,
         }
         for job in jobs
     }
@@ -242,12 +259,17 @@ def embed_splits(
         rows += [row for row in own if not set(shard_files(row["shard"][0])) <= done]
     if not shards_of:
         return
+    images: dict[str, str] = {}
+    for job in jobs:
+        if job.output in shards_of:
+            images |= job.images()
+    store = usable_store(settings, plan, checkpoint, images)
     started = time.monotonic()
     names = " and ".join(job.split.name for job in jobs if job.output in shards_of)
     progress = Progress(f"embed {names}", sum(len(row["image_id"][0]) for row in rows), "images")
     results: Any = []
     if rows:
-        results = _embed_rows(checkpoint, rows, cluster, plan, max_pixels)
+        results = _embed_rows(checkpoint, rows, settings, plan, store)
     for row in results:
         if row["fault"]:
             raise InputError(str(row["fault"]))
@@ -260,24 +282,18 @@ def embed_splits(
 def _embed_rows(
     checkpoint: str,
     rows: list[dict[str, list[Any]]],
-    cluster: ClusterSettings,
+    settings: Settings,
     plan: Plan,
-    max_pixels: int,
+    store: str | None,
 ) -> Iterator[dict[str, Any]]:
     tables = [pa.table(row, schema=_SHARD_SCHEMA) for row in rows]
     return iter(
         ray.data.from_arrow(tables)
         .map_batches(
             _Embedder,
-            fn_constructor_args=(
-                checkpoint,
-                cluster.embed_batch,
-                cluster.decode_threads,
-                cluster.cpus_per_embed_actor,
-                max_pixels,
-            ),
+            fn_constructor_args=(checkpoint, settings.resolved(), store),
             batch_size=1,
-            compute=ActorPoolStrategy(size=min(cluster.embed_actors, len(rows))),
+            compute=ActorPoolStrategy(size=min(settings.cluster.embed_actors, len(rows))),
             **plan.embed,
         )
         .iter_rows()

@@ -7,9 +7,9 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from qure_core import storage
+from qure_core.arrow_files import read_arrow
 
 EMBEDDINGS_KIND = "embeddings"
 CHECKPOINT_KIND = "checkpoint"
@@ -54,12 +54,7 @@ class EmbeddingShards:
         return range(start, bisect_right(self.first_ids, last_id))
 
     def _read(self, name: str) -> tuple[list[str], np.ndarray]:
-        uri = storage.join(self.uri, name)
-        if storage.is_local(uri):
-            source = pa.memory_map(storage.filesystem(uri)[1])
-        else:
-            source = pa.BufferReader(storage.read_bytes(uri))
-        table = pa.ipc.open_file(source).read_all().combine_chunks()
+        table = read_arrow(storage.join(self.uri, name))
         column = table["embedding"]
         values = (
             column.chunk(0).flatten().to_numpy() if column.num_chunks else np.empty(0, np.float32)

@@ -12,10 +12,14 @@ import pyarrow.parquet as pq
 from qure_core import storage
 
 
-def write_parquet(uri: str, table: pa.Table) -> None:
+def parquet_bytes(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(uri, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_parquet(uri: str, table: pa.Table) -> None:
+    storage.write_bytes(uri, parquet_bytes(table))
 
 
 def write_parquet_parts(uri: str, tables: Iterable[pa.Table], schema: pa.Schema) -> None:

@@ -16,8 +16,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,14 @@ def _appearing(path: str) -> Iterator[str]:
             os.unlink(partial)
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write a whole file; on a local file system through a rename, so it is never half there."""
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         with _appearing(path) as partial:
             Path(partial).write_bytes(data)
     else:
-        fs.pipe_file(path, data)
+        fs.pipe_file(path, bytes(data))
 
 
 def put_file(file: str, uri: str) -> None:
@@ -152,6 +152,34 @@ def create(uri: str, data: bytes) -> bool:
             return False
         raise
     return True
+
+
+def stamps(uris: Iterable[str]) -> dict[str, str]:
+    """What tells without reading it whether a file has changed; missing files are left out.
+
+    Size and times of a local file, as ``make`` and ``git`` go by; elsewhere size and ETag, or the
+    time of the last change.
+    """
+    found: dict[str, str] = {}
+    folders: dict[str, list[str]] = {}
+    for uri in uris:
+        fs, path = filesystem(uri)
+        if not isinstance(fs, LocalFileSystem):
+            folders.setdefault(uri.rsplit("/", 1)[0], []).append(uri)
+            continue
+        with suppress(FileNotFoundError, NotADirectoryError):
+            facts = os.stat(path)
+            found[uri] = f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+    for folder, members in folders.items():
+        fs, path = filesystem(folder)
+        fs.invalidate_cache(path)
+        listed = fs.ls(path, detail=True) if fs.exists(path) else []
+        facts_of = {entry["name"].rsplit("/", 1)[-1]: entry for entry in listed}
+        for uri in members:
+            if entry := facts_of.get(uri.rsplit("/", 1)[-1]):
+                mark = entry.get("ETag") or entry.get("LastModified") or entry.get("created")
+                found[uri] = f"{entry['size']} {mark}"
+    return found
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -234,10 +262,17 @@ def committed_directory(uri: str, kind: str) -> Iterator[tuple[Path, dict[str, A
 def write_manifest(uri: str, kind: str, description: dict[str, Any], names: list[str]) -> None:
     """Commit files that other processes wrote under ``uri``: check that all exist, then say so."""
     fs, path = filesystem(uri)
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for name in sorted(names):
         data = fs.cat_file(join(path, name))
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    commit(uri, kind, description, files)
+
+
+def commit(
+    uri: str, kind: str, description: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> None:
+    """Write the manifest of files whose ``bytes`` and ``sha256`` their writers know."""
     write_json(join(uri, MANIFEST), {"kind": kind, **description, "files": files})
 
 
@@ -246,7 +281,7 @@ def kept(uri: str, kind: str, facts: dict[str, Any]) -> dict[str, Any] | None:
     if not is_committed(uri):
         return None
     manifest: dict[str, Any] = read_json(join(uri, MANIFEST))
-    if _faults(uri, manifest):
+    if faults(uri, manifest):
         return None
     _check_kind(uri, manifest, kind)
     plain = json.loads(json.dumps(facts))
@@ -262,7 +297,7 @@ def resume(uri: str, plan: dict[str, Any]) -> set[str]:
     record = join(uri, PLAN)
     if exists(record) and read_json(record) == json.loads(json.dumps(plan)):
         if is_committed(uri):
-            for name in _faults(uri, read_json(join(uri, MANIFEST))):
+            for name in faults(uri, read_json(join(uri, MANIFEST))):
                 remove(join(uri, name))
             remove(join(uri, MANIFEST))
         return set(list_names(uri))
@@ -271,16 +306,21 @@ def resume(uri: str, plan: dict[str, Any]) -> set[str]:
     return set()
 
 
-def _faults(uri: str, manifest: dict[str, Any]) -> dict[str, str]:
+def faults(uri: str, manifest: dict[str, Any]) -> dict[str, str]:
     """The files whose size is not the manifest's, and what was found instead."""
     fs, path = filesystem(uri)
-    faults = {}
-    for name, facts in manifest["files"].items():
-        file = join(path, name)
-        size = fs.size(file) if fs.exists(file) else None
-        if size != facts["bytes"]:
-            faults[name] = "missing" if size is None else f"{size} bytes"
-    return faults
+    fs.invalidate_cache(path)
+    root = path.rstrip("/") + "/"
+    # One listing: a question for each file would take a remote store minutes.
+    sizes = {
+        file.removeprefix(root): facts["size"] for file, facts in fs.find(path, detail=True).items()
+    }
+    fs.invalidate_cache(path)
+    return {
+        name: f"{sizes[name]} bytes" if name in sizes else "missing"
+        for name, facts in manifest["files"].items()
+        if sizes.get(name) != facts["bytes"]
+    }
 
 
 def _check_kind(uri: str, manifest: dict[str, Any], kind: str) -> None:
@@ -298,7 +338,7 @@ def read_manifest(uri: str, kind: str) -> dict[str, Any]:
         raise InputError(f"{uri}: no {MANIFEST}, so this is not a finished {kind}")
     manifest: dict[str, Any] = read_json(join(uri, MANIFEST))
     _check_kind(uri, manifest, kind)
-    for name, found in _faults(uri, manifest).items():
+    for name, found in faults(uri, manifest).items():
         raise InputError(
             f"{join(uri, name)}: {found}, but its manifest says "
             f"{manifest['files'][name]['bytes']} bytes; remove {uri} and run the stage again"

@@ -13,8 +13,6 @@ from dataclasses import astuple
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import ray.data
 import torch
 
 from qure_core import storage
@@ -22,6 +20,7 @@ from qure_core.config import Settings
 from qure_core.data.circo import read_circo
 from qure_core.data.cirr import read_cirr
 from qure_core.data.fashioniq import read_fashioniq
+from qure_core.data.hashing import image_digests
 from qure_core.data.layout import ImageFolder
 from qure_core.data.schema import Split, Triplet
 from qure_core.embedding import EmbedJob, embed_splits
@@ -40,12 +39,10 @@ from qure_core.evaluation.protocols import (
     preference_summary,
 )
 from qure_core.evaluation.stage import galleries_of, rank_queries, read_rows
-from qure_core.progress import Progress
 from qure_core.resources import Plan
 
 PROTOCOLS = ("fashioniq", "cirr", "cirr-test", "circo", "circo-test", "hp-fashioniq")
 RESULT_KIND = "protocol result"
-_BATCH = 512
 
 
 def _load(settings: Settings, protocol: str) -> Split:
@@ -80,20 +77,9 @@ def _load_judged(settings: Settings, file: str) -> tuple[Split, list[JudgedPair]
     return Split("hp", queries, images, {"hp": tuple(images)}), pairs
 
 
-def _hash_images(batch: Any) -> Any:
-    digests = [hashlib.sha256(storage.read_bytes(str(uri))).hexdigest() for uri in batch["uri"]]
-    return {"uri": batch["uri"], "sha256": np.asarray(digests)}
-
-
 def content_digest(split: Split) -> str:
     """A digest of a split: its queries, its galleries and every image's bytes, read on Ray."""
-    uris = sorted(set(split.images.values()))
-    blocks = [pa.table({"uri": uris[i : i + _BATCH]}) for i in range(0, len(uris), _BATCH)]
-    progress = Progress("hash", len(uris), "images")
-    digest_of: dict[str, str] = {}
-    for row in ray.data.from_arrow(blocks).map_batches(_hash_images, batch_size=None).iter_rows():
-        digest_of[str(row["uri"])] = str(row["sha256"])
-        progress.advance(1)
+    digest_of = image_digests(split.images.values())
     whole = hashlib.sha256(repr((split.triplets, sorted(split.galleries.items()))).encode())
     for image_id, uri in sorted(split.images.items()):
         whole.update(f"{image_id} {digest_of[uri]}\n".encode())
@@ -125,6 +111,7 @@ def evaluate_protocol(
         "checkpoint": checkpoint_digest(checkpoint),
         "data": content_digest(split),
         "embed_batch": settings.cluster.embed_batch,
+        "vision_precision": settings.model.vision_precision,
         "judgements": [astuple(pair) for pair in pairs],
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
@@ -132,8 +119,7 @@ def evaluate_protocol(
     if not storage.is_committed(uri):
         corpus = frozenset().union(*split.galleries.values())
         job = EmbedJob(split, corpus, f"{uri}-embeddings")
-        limit = settings.data.max_image_pixels
-        embed_splits(checkpoint, [job], settings.cluster, plan, limit)
+        embed_splits(checkpoint, [job], settings, plan)
         files: dict[str, Any] = {}
         if protocol == "hp-fashioniq":
             result = _judge(job.output, pairs)

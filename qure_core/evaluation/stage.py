@@ -137,6 +137,7 @@ def evaluate_checkpoint(
         "checkpoint": checkpoint_digest(checkpoint),
         "gallery": settings.evaluation.gallery,
         "split": split.name,
+        "vision_precision": settings.model.vision_precision,
     }
     job = evaluation_job(settings, split, output)
     if manifest := storage.kept(output, EVALUATION_KIND, facts):
@@ -144,7 +145,7 @@ def evaluate_checkpoint(
         return manifest
     storage.remove(output)
     galleries = galleries_of(split, settings.evaluation.gallery)
-    embed_splits(checkpoint, [job], settings.cluster, plan, settings.data.max_image_pixels)
+    embed_splits(checkpoint, [job], settings, plan)
     names = rank_queries(
         name,
         split,

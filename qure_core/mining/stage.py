@@ -78,14 +78,7 @@ def mine_round(
         storage.remove(scratch)
         return manifest
     check_corpora(split, corpora)
-    embed_splits(
-        checkpoint,
-        [job],
-        settings.cluster,
-        plan,
-        settings.data.max_image_pixels,
-        mining.corpus_shards,
-    )
+    embed_splits(checkpoint, [job], settings, plan, mining.corpus_shards)
     # The pass may have been made, for this and other stages together, before this call.
     embed_seconds = storage.read_manifest(job.output, EMBEDDINGS_KIND)["seconds"]
     embedded = time.monotonic()
@@ -173,6 +166,7 @@ def round_facts(
             "precision": mining.precision,
             "stored": mining.stored,
             "embed_batch": settings.cluster.embed_batch,
+            "vision_precision": settings.model.vision_precision,
         },
     }
 

@@ -2,7 +2,7 @@
 
 from qure_core.model.configuration import PRESETS, QuReConfig, preset
 from qure_core.model.lavis import load_lavis_checkpoint
-from qure_core.model.modeling import QuReModel, encoder_autocast
+from qure_core.model.modeling import QuReModel, encode_frozen
 from qure_core.model.pretrained import build_model, load_model
 from qure_core.model.processing import QuReProcessor, learn_tokenizer
 
@@ -12,7 +12,7 @@ __all__ = [
     "QuReModel",
     "QuReProcessor",
     "build_model",
-    "encoder_autocast",
+    "encode_frozen",
     "learn_tokenizer",
     "load_lavis_checkpoint",
     "load_model",

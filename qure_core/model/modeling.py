@@ -6,7 +6,8 @@ D embedding width, Q queries, M images.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import hashlib
+import json
 from typing import Any
 
 import torch
@@ -16,14 +17,37 @@ from transformers import Blip2QFormerModel, Blip2VisionModel, CLIPVisionModel, P
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from qure_core.model.configuration import QuReConfig
+from qure_core.model.qformer import qformer_hidden_states
 from qure_core.relevance import relevance_scores
 
+ENCODER_BATCH = 16
+"""Images the frozen encoder takes at once, always: products of one shape give the same bits for an
+image whatever is encoded beside it, so stored features equal those computed on the fly."""
 
-def encoder_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The frozen encoder's precision: fp16 on a GPU, as BLIP-2 runs it; fp32 on a CPU."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.float16)
-    return nullcontext()
+
+def encode_vision(encoder: nn.Module, pixel_values: Tensor) -> Tensor:
+    """A vision encoder's output for ``pixel_values`` [B, 3, S, S]: [B, P, W], class token first."""
+    output: Tensor = encoder(pixel_values=pixel_values).last_hidden_state
+    return output
+
+
+@torch.no_grad()
+def encode_frozen(encoder: nn.Module, pixel_values: Tensor, precision: str) -> Tensor:
+    """A frozen encoder's features of ``pixel_values`` [B, 3, S, S]: [B, P, W].
+
+    ``precision`` "fp16" gives float16 as BLIP-2's encoder does, which runs in half precision on a
+    GPU (on a CPU, where that is slow, its float32 output is rounded); "fp32" gives float32. An
+    image's features do not depend on the images beside it.
+    """
+    assert not encoder.training, "a frozen encoder is in evaluation mode"
+    device = pixel_values.device
+    half = precision == "fp16"
+    parts = []
+    with torch.autocast(device.type, torch.float16, enabled=half and device.type == "cuda"):
+        for part in pixel_values.split(ENCODER_BATCH):
+            filler = part.new_zeros(ENCODER_BATCH - len(part), *part.shape[1:])
+            parts.append(encode_vision(encoder, torch.cat([part, filler]))[: len(part)])
+    return torch.cat(parts).to(torch.float16 if half else torch.float32)
 
 
 class QuReModel(PreTrainedModel):
@@ -33,8 +57,9 @@ class QuReModel(PreTrainedModel):
     """
 
     config_class = QuReConfig
+    config: QuReConfig
     base_model_prefix = "qure"
-    main_input_name = "pixel_values"
+    main_input_name = "vision"
     _supports_sdpa = True
 
     def __init__(self, config: QuReConfig) -> None:
@@ -47,9 +72,9 @@ class QuReModel(PreTrainedModel):
             )
         hidden = qformer_config.hidden_size
         encoder = CLIPVisionModel if config.vision_type == "clip" else Blip2VisionModel
-        self.vision_encoder = encoder(vision_config)
+        self.vision_encoder: nn.Module = encoder(vision_config)
         # BLIP-2 hands the last block's raw output to ln_vision.
-        self.vision_encoder.post_layernorm = nn.Identity()  # type: ignore[assignment]
+        self.vision_encoder.register_module("post_layernorm", nn.Identity())
         self.ln_vision = nn.LayerNorm(vision_config.hidden_size, eps=config.ln_vision_eps)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.query_tokens, hidden))
         self.text_embeddings = Blip2TextEmbeddings(qformer_config)
@@ -92,43 +117,55 @@ class QuReModel(PreTrainedModel):
             self.vision_encoder.eval()
         return self
 
-    def encode_vision(self, pixel_values: Tensor) -> Tensor:
-        """Encoder output of ``pixel_values`` [B, 3, S, S], class token first: [B, P, W]."""
-        output: Tensor = self.vision_encoder(pixel_values=pixel_values).last_hidden_state
-        return output
+    def encoder_digest(self) -> str:
+        """A digest of the vision encoder's architecture and weights."""
+        config = self.config
+        digest = hashlib.sha256(
+            json.dumps([config.vision_type, config.vision], sort_keys=True).encode()
+        )
+        for name, value in sorted(self.vision_encoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
-    def _run_qformer(
+    def encode_vision(self, pixel_values: Tensor) -> Tensor:
+        """`encode_vision` by this model's encoder."""
+        return encode_vision(self.vision_encoder, pixel_values)
+
+    def _hidden_states(
         self,
-        tokens_BXH: Tensor,
-        query_length: int,
-        vision_BPW: Tensor | None = None,
-        mask_BX: Tensor | None = None,
-    ) -> Tensor:
-        if vision_BPW is not None:
-            vision_BPW = self.ln_vision(vision_BPW)
-        output: Tensor = self.qformer(
-            query_embeds=tokens_BXH,
-            query_length=query_length,
-            attention_mask=mask_BX,
-            encoder_hidden_states=vision_BPW,
-        ).last_hidden_state
-        return output
+        vision_RPW: Tensor | None,
+        input_ids_BL: Tensor | None = None,
+        attention_mask_BL: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`qformer_hidden_states` of images and of the queries that the last rows start."""
+        texts = None if input_ids_BL is None else self.text_embeddings(input_ids=input_ids_BL)
+        tokens = None if vision_RPW is None else self.query_tokens[0]
+        return qformer_hidden_states(
+            self.qformer, self.ln_vision, tokens, vision_RPW, texts, attention_mask_BL
+        )
+
+    def _image_embeddings(self, hidden_BTH: Tensor) -> Tensor:
+        return F.normalize(self.vision_proj(hidden_BTH), dim=-1)
+
+    def _query_means(self, hidden_BTH: Tensor) -> Tensor:
+        mean_BD: Tensor = self.text_proj(hidden_BTH).mean(dim=1)
+        return mean_BD
 
     def embed_images(self, vision_BPW: Tensor) -> Tensor:
         """Image embeddings [B, T, D]: one unit vector per query token."""
-        queries_BTH = self.query_tokens.expand(vision_BPW.shape[0], -1, -1)
-        hidden_BTH = self._run_qformer(queries_BTH, queries_BTH.shape[1], vision_BPW)
-        return F.normalize(self.vision_proj(hidden_BTH), dim=-1)
+        hidden_BTH, _ = self._hidden_states(vision_BPW)
+        assert hidden_BTH is not None
+        return self._image_embeddings(hidden_BTH)
 
     def query_hidden_states(
         self, vision_BPW: Tensor, input_ids_BL: Tensor, attention_mask_BL: Tensor
     ) -> Tensor:
         """Q-Former output over [query tokens; text tokens], [B, T + L, H]."""
-        batch, length = vision_BPW.shape[0], self.config.query_tokens
-        queries_BTH = self.query_tokens.expand(batch, -1, -1)
-        tokens_BXH = self.text_embeddings(input_ids=input_ids_BL, query_embeds=queries_BTH)
-        mask_BX = torch.cat([attention_mask_BL.new_ones(batch, length), attention_mask_BL], dim=1)
-        return self._run_qformer(tokens_BXH, length, vision_BPW, mask_BX)
+        hidden_BTH, text_BLH = self._hidden_states(vision_BPW, input_ids_BL, attention_mask_BL)
+        assert hidden_BTH is not None
+        assert text_BLH is not None
+        return torch.cat([hidden_BTH, text_BLH], dim=1)
 
     def embed_queries(
         self,
@@ -141,14 +178,15 @@ class QuReModel(PreTrainedModel):
 
         ``normalised=False`` returns the mean before its normalisation.
         """
-        hidden_BXH = self.query_hidden_states(vision_BPW, input_ids_BL, attention_mask_BL)
-        mean_BD = self.text_proj(hidden_BXH[:, : self.config.query_tokens]).mean(dim=1)
+        hidden_BTH, _ = self._hidden_states(vision_BPW, input_ids_BL, attention_mask_BL)
+        assert hidden_BTH is not None
+        mean_BD = self._query_means(hidden_BTH)
         return F.normalize(mean_BD, dim=-1) if normalised else mean_BD
 
     def embed_texts(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """Caption embeddings [B, D] from the class token alone, for image-text pretraining."""
-        tokens_BLH = self.text_embeddings(input_ids=input_ids_BL)
-        hidden_BLH = self._run_qformer(tokens_BLH, 0, mask_BX=attention_mask_BL)
+        _, hidden_BLH = self._hidden_states(None, input_ids_BL, attention_mask_BL)
+        assert hidden_BLH is not None
         return F.normalize(self.text_proj(hidden_BLH[:, 0]), dim=-1)
 
     def score(self, query_QD: Tensor, image_MTD: Tensor) -> Tensor:
@@ -157,7 +195,7 @@ class QuReModel(PreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Tensor,
+        vision: Tensor,
         reference_B: Tensor,
         answer_A: Tensor,
         target_B: Tensor,
@@ -167,16 +205,19 @@ class QuReModel(PreTrainedModel):
     ) -> Tensor:
         """Scores of each triplet's target and negative, divided by the temperature: [B, 2].
 
-        ``pixel_values`` [U, 3, S, S] holds the batch's distinct images. ``reference_B`` and
-        ``answer_A`` index it; ``target_B`` and ``negative_B`` index ``answer_A``, the distinct
-        targets and negatives. So no image is encoded or embedded twice.
+        ``vision`` [U, P, W] is the encoder's output for the batch's distinct images.
+        ``reference_B`` and ``answer_A`` index it; ``target_B`` and ``negative_B`` index
+        ``answer_A``, the distinct targets and negatives. So no image is embedded twice, and
+        images and queries go through the Q-Former as one batch.
         """
-        trained = torch.is_grad_enabled() and not self.vision_is_frozen
-        with torch.set_grad_enabled(trained), encoder_autocast(pixel_values.device):
-            vision_UPW = self.encode_vision(pixel_values)
-        vision_UPW = vision_UPW.float()
-        query_BD = self.embed_queries(vision_UPW[reference_B], input_ids, attention_mask)
-        image_ATD = self.embed_images(vision_UPW[answer_A])
-        image_B2TD = image_ATD[torch.stack([target_B, negative_B], dim=1)]
-        scores_B2 = torch.einsum("bd,bntd->bnt", query_BD, image_B2TD).amax(dim=-1)
+        answers = answer_A.shape[0]
+        hidden_RTH, _ = self._hidden_states(
+            vision[torch.cat([answer_A, reference_B])], input_ids, attention_mask
+        )
+        assert hidden_RTH is not None
+        image_ATD = self._image_embeddings(hidden_RTH[:answers])
+        query_BD = F.normalize(self._query_means(hidden_RTH[answers:]), dim=-1)
+        # Of all pairs: picking the images first would sum their gradients in no fixed order.
+        scores_BA = torch.einsum("bd,atd->bat", query_BD, image_ATD).amax(dim=-1)
+        scores_B2 = scores_BA.gather(1, torch.stack([target_B, negative_B], dim=1))
         return scores_B2 / self.temperature

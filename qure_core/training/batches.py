@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,14 @@ def mined_negative(
     return str(negatives[rng.permutation(len(negatives))[place]])
 
 
+class VisionLoader(Protocol):
+    """Gives one model input, called ``name``, of images by id."""
+
+    name: str
+
+    def __call__(self, image_ids: Sequence[str]) -> Tensor: ...
+
+
 @dataclass
 class ImageLoader:
     """Decodes and preprocesses images by id, in threads, keeping the latest in memory.
@@ -51,6 +59,8 @@ class ImageLoader:
     max_pixels: int
     threads: int
     cache_mb: int
+
+    name = "pixel_values"
 
     def __post_init__(self) -> None:
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
@@ -77,9 +87,14 @@ class Batch:
     weight_B: Tensor
     count: int
 
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU copies from while the program goes on."""
+        pinned = {name: value.pin_memory() for name, value in self.inputs.items()}
+        return Batch(pinned, self.weight_B.pin_memory(), self.count)
+
     def to(self, device: torch.device) -> Batch:
         moved = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return Batch(moved, self.weight_B.to(device), self.count)
+        return Batch(moved, self.weight_B.to(device, non_blocking=True), self.count)
 
 
 def worker_part(batch: np.ndarray, rank: int, workers: int) -> tuple[np.ndarray, float]:
@@ -91,20 +106,21 @@ def worker_part(batch: np.ndarray, rank: int, workers: int) -> tuple[np.ndarray,
 def triplet_batch(
     triplets: Sequence[Triplet],
     negatives: Sequence[str],
-    load: ImageLoader,
+    load: VisionLoader,
+    processor: QuReProcessor,
     weight: float,
     count: int,
 ) -> Batch:
-    """Model inputs of these triplets; each distinct image is decoded once."""
+    """Model inputs of these triplets; each distinct image is loaded once."""
     references = [t.reference_id for t in triplets]
     targets = [str(t.target_id) for t in triplets]
     distinct = sorted({*references, *targets, *negatives})
     answers = sorted({*targets, *negatives})
     row = {image_id: i for i, image_id in enumerate(distinct)}
     answer = {image_id: i for i, image_id in enumerate(answers)}
-    input_ids, mask = load.processor.texts([t.text for t in triplets])
+    input_ids, mask = processor.texts([t.text for t in triplets])
     inputs = {
-        "pixel_values": load(distinct),
+        load.name: load(distinct),
         "reference_B": torch.tensor([row[i] for i in references]),
         "answer_A": torch.tensor([row[i] for i in answers]),
         "target_B": torch.tensor([answer[i] for i in targets]),
@@ -118,7 +134,8 @@ def triplet_batch(
 def triplet_batches(
     triplets: Sequence[Triplet],
     negative_of: Callable[[Triplet], str],
-    load: ImageLoader,
+    load: VisionLoader,
+    processor: QuReProcessor,
     *,
     batch_size: int,
     seed: int,
@@ -137,7 +154,8 @@ def triplet_batches(
             part: np.ndarray = part, weight: float = weight, count: int = len(whole)
         ) -> Batch:
             chosen = [triplets[i] for i in part]
-            return triplet_batch(chosen, [negative_of(t) for t in chosen], load, weight, count)
+            negatives = [negative_of(triplet) for triplet in chosen]
+            return triplet_batch(chosen, negatives, load, processor, weight, count)
 
         steps.append(build)
     return steps
@@ -145,7 +163,8 @@ def triplet_batches(
 
 def caption_batches(
     captions: dict[str, str],
-    load: ImageLoader,
+    load: VisionLoader,
+    processor: QuReProcessor,
     *,
     batch_size: int,
     seed: int,
@@ -166,9 +185,9 @@ def caption_batches(
 
         def build(part: np.ndarray = part) -> Batch:
             chosen = [image_ids[i] for i in part]
-            input_ids, mask = load.processor.texts([captions[i] for i in chosen])
+            input_ids, mask = processor.texts([captions[i] for i in chosen])
             inputs = {
-                "pixel_values": load(chosen),
+                load.name: load(chosen),
                 "input_ids": input_ids,
                 "attention_mask": mask,
             }

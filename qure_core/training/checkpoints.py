@@ -31,7 +31,9 @@ def save_checkpoint(
         processor.save_pretrained(directory)
         if optimizer is not None:
             torch.save(optimizer, directory / OPTIMIZER_FILE)
-        description |= facts
+        # What stored features of this encoder are known by.
+        described = {"encoder": model.encoder_digest(), "image_size": processor.image_size}
+        description |= facts | described
 
 
 def load_optimizer(uri: str) -> dict[str, Any] | None:

@@ -16,23 +16,23 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from qure_core import storage
 from qure_core.config import Settings
 from qure_core.data import read_split
 from qure_core.data.schema import Triplet
 from qure_core.embedding_shards import CHECKPOINT_KIND
+from qure_core.features.store import StoredFeatures
 from qure_core.mining.mined_set import read_mined_set
-from qure_core.model import QuReModel, load_model
+from qure_core.model import QuReModel, QuReProcessor, load_model
 from qure_core.progress import format_seconds
 from qure_core.training.batches import (
     Batch,
     ImageLoader,
+    VisionLoader,
     caption_batches,
     mined_negative,
-    prefetched,
     random_negative,
     step_seed,
     triplet_batches,
@@ -44,9 +44,11 @@ from qure_core.training.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
+from qure_core.training.optimisation import Optimisation, autocast_type, make_optimizer
 from qure_core.training.schedule import learning_rate
 from qure_core.training.segment import Segment
 from qure_core.training.steps import CaptionStep, TripletStep
+from qure_core.training.throughput import Throughput, matrix_product_rate
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,9 @@ class _Task:
     batches: Callable[[int], Sequence[Callable[[], Batch]]]
 
 
-def _precision(name: str, device: torch.device) -> torch.dtype | None:
-    """Autocast type, or None for plain float32."""
-    if name == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
-
-
-def _make_task(segment: Segment, model: QuReModel, load: ImageLoader) -> _Task:
+def _make_task(
+    segment: Segment, model: QuReModel, load: VisionLoader, processor: QuReProcessor
+) -> _Task:
     settings = Settings(**segment.settings)
     context = ray.train.get_context()
     where = {"rank": context.get_world_rank(), "workers": context.get_world_size()}
@@ -81,8 +76,9 @@ def _make_task(segment: Segment, model: QuReModel, load: ImageLoader) -> _Task:
         model.freeze_vision_encoder(False)
 
         def caption_epoch(epoch: int) -> Sequence[Callable[[], Batch]]:
+            size = pretrain.batch_size
             return caption_batches(
-                captions, load, batch_size=pretrain.batch_size, seed=seed, epoch=epoch, **where
+                captions, load, processor, batch_size=size, seed=seed, epoch=epoch, **where
             )
 
         return _Task(
@@ -113,6 +109,7 @@ def _make_task(segment: Segment, model: QuReModel, load: ImageLoader) -> _Task:
             split.triplets,
             negative_of,
             load,
+            processor,
             batch_size=train.batch_size,
             seed=seed,
             epoch=epoch,
@@ -143,63 +140,68 @@ def train_segment(segment: Segment) -> None:
     directory = storage.local_directory(start, CHECKPOINT_KIND, verify=True)
     model, processor = load_model(str(directory), dropout=settings.model.dropout)
     split = read_split(storage.join(segment.run_dir, "data", "train"))
-    load = ImageLoader(
-        split.images,
-        processor,
-        settings.data.max_image_pixels,
-        settings.cluster.decode_threads,
-        settings.cluster.image_cache_mb,
-    )
-    task = _make_task(segment, model, load)
+    cluster = settings.cluster
+    load: VisionLoader
+    if segment.features:
+        load = StoredFeatures(segment.features, split.images, settings.feature_store.cache_dir)
+    else:
+        limit, threads = settings.data.max_image_pixels, cluster.decode_threads
+        load = ImageLoader(split.images, processor, limit, threads, cluster.image_cache_mb)
+    task = _make_task(segment, model, load, processor)
     model.train()
+    encoder = model.vision_encoder
+    fine_tuning = segment.stage == "train"
+    if fine_tuning:
+        # Frozen and apart: no worker exchanges it, and with stored features no GPU holds it.
+        model.vision_encoder = nn.Identity()
+    if settings.train.compile:
+        task.step.compile()
     step_module = ray.train.torch.prepare_model(task.step)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=task.lr,
-        weight_decay=task.weight_decay,
+    dtype = autocast_type(settings.train.precision, device)
+    optimisation = Optimisation(
+        step=step_module,
+        optimizer=make_optimizer(model, task.lr, task.weight_decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        device=device,
+        dtype=dtype,
+        workers=workers,
+        encoder=encoder.to(device) if fine_tuning and not segment.features else None,
+        vision_precision=settings.model.vision_precision,
     )
-    dtype = _precision(settings.train.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizer, scaler = optimisation.optimizer, optimisation.scaler
     if state := load_optimizer(start):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+    peak = matrix_product_rate(device, dtype or torch.float32)
 
     for epoch in range(first, segment.last_epoch):
         rate = learning_rate(epoch, task.epochs, task.lr, task.final_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        started = time.monotonic()
         steps = task.batches(epoch)
-        local: list[Tensor] = []
-        counts: list[int] = []
-        for number, batch in enumerate(prefetched(steps)):
-            moved = batch.to(device)
-            torch.manual_seed(step_seed(settings.run.seed, segment.stage, epoch, number, rank))
-            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-                losses_B = step_module(**moved.inputs)
-            total = (losses_B.float() * moved.weight_B).sum()
-            optimizer.zero_grad(set_to_none=True)
-            # DDP averages over workers: scale so that every sample of the batch weighs the same.
-            scaler.scale(total * (workers / batch.count)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            local.append(total.detach())
-            counts.append(batch.count)
-            if rank == 0 and (number + 1) % settings.train.log_every == 0:
-                _print_progress(segment, task, epoch, number + 1, len(steps), started, counts)
-        sums = torch.stack(local)
-        if workers > 1:
-            dist.all_reduce(sums)
-        losses = [float(value) / count for value, count in zip(sums, counts, strict=True)]
+        meter = Throughput(model.config, device, peak)
+
+        def seed_of(step: int, epoch: int = epoch) -> int:
+            return step_seed(settings.run.seed, segment.stage, epoch, step, rank)
+
+        def progress(
+            done: int, epoch: int = epoch, steps: int = len(steps), meter: Throughput = meter
+        ) -> None:
+            if rank == 0 and done % settings.train.log_every == 0:
+                _print_progress(segment, task, epoch, done, steps, meter)
+
+        sums, counts = optimisation.epoch(steps, seed_of, meter, progress)
+        losses = [value / count for value, count in zip(sums, counts, strict=True)]
         _check_finite(losses, segment.stage, epoch)
         facts: dict[str, Any] = {
             "stage": segment.stage,
             "epoch": epoch + 1,
-            "loss": sum(float(s) for s in sums) / sum(counts),
+            "loss": sum(sums) / sum(counts),
             "lr": rate,
             "temperature": float(model.temperature.detach()),
             "samples": sum(counts),
-            "seconds": round(time.monotonic() - started, 3),
+            **meter.facts(),
+            "features": "stored" if segment.features else "computed",
             "negatives": "captions"
             if segment.stage == "pretrain"
             else ("steep_drops" if segment.mined_uri else "random"),
@@ -208,7 +210,10 @@ def train_segment(segment: Segment) -> None:
             _write_epoch(segment, epoch, losses, facts)
             uri = checkpoint_uri(segment.run_dir, segment.stage, epoch + 1)
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            model.vision_encoder = encoder
             save_checkpoint(uri, model, processor, facts, state)
+            if fine_tuning:
+                model.vision_encoder = nn.Identity()
             prune_checkpoints(
                 segment.run_dir,
                 segment.stage,
@@ -217,28 +222,20 @@ def train_segment(segment: Segment) -> None:
             )
             print(
                 f"[{segment.stage}] epoch {epoch + 1}/{task.epochs}: loss {facts['loss']:.4f}, "
-                f"lr {rate:.2e}, temperature {facts['temperature']:.4f}, "
-                f"{facts['samples'] / facts['seconds']:.1f} samples/s",
+                f"lr {rate:.2e}, temperature {facts['temperature']:.4f}, {meter.line()}",
                 flush=True,
             )
         ray.train.report({"epoch": epoch + 1, "loss": facts["loss"]})
 
 
 def _print_progress(
-    segment: Segment,
-    task: _Task,
-    epoch: int,
-    done: int,
-    steps: int,
-    started: float,
-    counts: list[int],
+    segment: Segment, task: _Task, epoch: int, done: int, steps: int, meter: Throughput
 ) -> None:
-    elapsed = time.monotonic() - started
+    elapsed = time.monotonic() - meter.started
     left = elapsed / done * (steps - done + steps * (segment.last_epoch - epoch - 1))
     print(
         f"[{segment.stage}] epoch {epoch + 1}/{task.epochs}, step {done}/{steps}, "
-        f"{sum(counts) / elapsed:.1f} samples/s, {format_seconds(left)} left to epoch "
-        f"{segment.last_epoch}",
+        f"{meter.line()}, {format_seconds(left)} left to epoch {segment.last_epoch}",
         flush=True,
     )
 

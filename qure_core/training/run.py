@@ -30,6 +30,7 @@ from qure_core.data.world import make_world
 from qure_core.embedding import embed_splits
 from qure_core.errors import InputError
 from qure_core.evaluation.stage import evaluate_checkpoint, evaluation_job
+from qure_core.features.use import usable_store
 from qure_core.lease import hold
 from qure_core.mining.stage import check_corpora, hold_round, mine_round, mining_job, round_table
 from qure_core.model import build_model, learn_tokenizer, load_model
@@ -55,6 +56,10 @@ _FREE = {
     "cluster.decode_threads",
     "cluster.image_cache_mb",
     "cluster.max_failures",
+    "features",
+    "feature_store.dir",
+    "feature_store.cache_dir",
+    "feature_store.shard_images",
     "mining.corpus_shards",
     "mining.memory_mb",
     "mining.query_block",
@@ -181,6 +186,21 @@ def starting_checkpoint(settings: Settings, plan: Plan, train: Split) -> None:
     save_checkpoint(start, model, processor, {"stage": "train", "epoch": 0, "origin": origin})
 
 
+def training_images(train: Split, corpora: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """URIs by id of the images that fine-tuning reads: references, targets and negatives."""
+    wanted = {name for ids in corpora.values() for name in ids}
+    for triplet in train.triplets:
+        wanted |= {triplet.reference_id, str(triplet.target_id)}
+    return {image_id: train.images[image_id] for image_id in sorted(wanted)}
+
+
+def used_images(
+    settings: Settings, train: Split, val: Split, corpora: dict[str, tuple[str, ...]]
+) -> dict[str, str]:
+    """URIs by id of all images that a run reads."""
+    return training_images(train, corpora) | evaluation_job(settings, val, "").images()
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Run the job to its end and return its summary; what is already done is not done again."""
     run_dir, train_settings = settings.run.dir, settings.train
@@ -191,6 +211,10 @@ def run(settings: Settings) -> dict[str, Any]:
         plan = plan_resources(settings.cluster)
         train, val, corpora = prepare_data(settings)
         starting_checkpoint(settings, plan, train)
+        start = checkpoint_uri(run_dir, "train", 0)
+        if settings.features == "build":
+            # Once for all that the run will read; each stage then finds its own images there.
+            usable_store(settings, plan, start, used_images(settings, train, val, corpora))
 
         minings = set(mining_epochs(train_settings))
         evaluations = evaluation_epochs(train_settings)
@@ -211,14 +235,7 @@ def run(settings: Settings) -> dict[str, Any]:
                     jobs.append(mining_job(train, corpora, mined, settings.mining.stored))
                 # Both at once: starting the actors is most of the cost on small data.
                 if jobs:
-                    embed_splits(
-                        checkpoint,
-                        jobs,
-                        settings.cluster,
-                        plan,
-                        settings.data.max_image_pixels,
-                        settings.mining.corpus_shards,
-                    )
+                    embed_splits(checkpoint, jobs, settings, plan, settings.mining.corpus_shards)
                 if evaluation:
                     manifest = evaluate_checkpoint(
                         settings, plan, checkpoint, val, evaluation, evaluations[stop]
@@ -240,6 +257,7 @@ def run(settings: Settings) -> dict[str, Any]:
                     mined_uri=None if mined_at is None else round_uri(run_dir, mined_at),
                     mined_at=mined_at,
                     keep=keep,
+                    features=usable_store(settings, plan, start, training_images(train, corpora)),
                 )
                 run_segment(segment, settings.cluster, plan)
             write_metrics(run_dir)

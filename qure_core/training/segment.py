@@ -11,7 +11,8 @@ class Segment:
     """Consecutive epochs of one stage, between two stops of the schedule.
 
     ``mined_uri`` is the mined set whose negatives are used, ``mined_at`` the epoch it was mined
-    at; both None for random negatives. ``keep`` lists epochs whose checkpoints stay.
+    at; both None for random negatives. ``keep`` lists epochs whose checkpoints stay. ``features``
+    is the feature store to read; without it features are computed.
     """
 
     stage: str  # "pretrain" or "train"
@@ -21,3 +22,4 @@ class Segment:
     mined_uri: str | None = None
     mined_at: int | None = None
     keep: tuple[int, ...] = ()
+    features: str | None = None

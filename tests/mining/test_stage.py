@@ -152,7 +152,7 @@ def test_a_lost_shard_of_embeddings_is_made_again(
 
     def embed() -> dict[str, bytes]:
         plan = plan_resources(settings.cluster)
-        embed_splits(checkpoint[0], [job], settings.cluster, plan, 10**6, shards=4)
+        embed_splits(checkpoint[0], [job], settings, plan, shards=4)
         return {path.name: path.read_bytes() for path in uri.glob("*.arrow")}
 
     first = embed()
@@ -165,7 +165,7 @@ def test_a_lost_shard_of_embeddings_is_made_again(
     # Other inputs in the same place are embedded anew.
     fewer = dataclasses.replace(job, corpus=frozenset(sorted(job.corpus)[:20]))
     plan = plan_resources(settings.cluster)
-    embed_splits(checkpoint[0], [fewer], settings.cluster, plan, 10**6, shards=4)
+    embed_splits(checkpoint[0], [fewer], settings, plan, shards=4)
     ids = [name for shard in range(4) for name in EmbeddingShards.open(job.output).images(shard)[0]]
     assert ids == sorted(fewer.corpus)
 

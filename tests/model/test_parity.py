@@ -38,8 +38,9 @@ class Golden:
     def batch(self) -> dict[str, Tensor]:
         size = len(self.tensor("ref"))
         rows = torch.arange(size)
+        pixels = torch.cat([self.tensor(k) for k in ("ref", "tar", "neg")])
         return {
-            "pixel_values": torch.cat([self.tensor(k) for k in ("ref", "tar", "neg")]),
+            "vision": self.model.encode_vision(pixels).detach(),
             "reference_B": rows,
             "answer_A": torch.arange(size, 3 * size),
             "target_B": rows,
@@ -140,7 +141,7 @@ def test_adamw_steps(golden: Golden, label: str, rate: float) -> None:
         pytest.skip("this golden has no optimizer steps")
     model = golden.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.05, fused=True)
     losses, temperatures = [], []
     for _ in range(5):
         loss = bradley_terry_losses(model(**golden.batch())).mean()

@@ -13,7 +13,7 @@ from conftest import GOLDENS
 from qure_core.config import DataSettings, TrainSettings
 from qure_core.data import load_split, mining_galleries
 from qure_core.data.schema import Triplet
-from qure_core.model import QuReModel, build_model, learn_tokenizer
+from qure_core.model import QuReModel, build_model, encode_frozen, learn_tokenizer
 from qure_core.training.batches import (
     Batch,
     ImageLoader,
@@ -23,6 +23,7 @@ from qure_core.training.batches import (
     random_negative,
     triplet_batches,
 )
+from qure_core.training.optimisation import autocast_type
 from qure_core.training.schedule import (
     evaluation_epochs,
     learning_rate,
@@ -112,9 +113,26 @@ def epoch_batches(
         return random_negative(t, corpora[t.category], 7, epoch)
 
     steps = triplet_batches(
-        triplets, negative_of, load, batch_size=16, seed=7, epoch=epoch, rank=rank, workers=workers
+        triplets,
+        negative_of,
+        load,
+        load.processor,
+        batch_size=16,
+        seed=7,
+        epoch=epoch,
+        rank=rank,
+        workers=workers,
     )
     return list(prefetched(steps))
+
+
+def score(model: QuReModel, batch: Batch) -> torch.Tensor:
+    """The batch's scores, its images encoded on the fly."""
+    inputs = dict(batch.inputs)
+    encoder = model.vision_encoder
+    vision = encode_frozen(encoder, inputs.pop("pixel_values"), "fp32")
+    scores: torch.Tensor = model(vision=vision, **inputs)
+    return scores
 
 
 def test_workers_share_the_same_global_batches(
@@ -133,12 +151,12 @@ def test_workers_share_the_same_global_batches(
             # The weighted losses of all parts add up to the whole batch's.
             with torch.no_grad():
                 losses = sum(
-                    torch.nn.functional.softplus((s := model(**part[step].inputs))[:, 1] - s[:, 0])
+                    torch.nn.functional.softplus((s := score(model, part[step]))[:, 1] - s[:, 0])
                     .mul(part[step].weight_B)
                     .sum()
                     for part in shared
                 )
-                s = model(**whole.inputs)
+                s = score(model, whole)
                 expected = torch.nn.functional.softplus(s[:, 1] - s[:, 0]).sum()
             torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
@@ -164,7 +182,7 @@ def test_distinct_images_are_loaded_once(
     from qure_core.training.batches import triplet_batch
 
     negatives = [corpora[t.category][0] for t in chosen]
-    built = triplet_batch(chosen, negatives, load, 1.0, 4).inputs
+    built = triplet_batch(chosen, negatives, load, load.processor, 1.0, 4).inputs
     for row, triplet in enumerate(chosen):
         expected = load([triplet.reference_id, str(triplet.target_id), negatives[row]])
         answers = built["answer_A"]
@@ -184,10 +202,11 @@ def test_caption_batches_have_one_size(
     load = parts[2]
     captions = {image_id: f"a dress {i}" for i, image_id in enumerate(sorted(load.images))}
     settings = {"batch_size": 16, "seed": 1, "epoch": 0}
-    whole = [s() for s in caption_batches(captions, load, rank=0, workers=1, **settings)]
+    texts = load.processor
+    whole = [s() for s in caption_batches(captions, load, texts, rank=0, workers=1, **settings)]
     assert len(whole) == len(captions) // 16
     halves = [
-        [s() for s in caption_batches(captions, load, rank=rank, workers=2, **settings)]
+        [s() for s in caption_batches(captions, load, texts, rank=rank, workers=2, **settings)]
         for rank in range(2)
     ]
     for step, batch in enumerate(whole):
@@ -207,9 +226,7 @@ def test_a_failing_batch_is_not_swallowed() -> None:
     ("name", "expected"), [("auto", None), ("fp32", None), ("bf16", torch.bfloat16)]
 )
 def test_precision_follows_the_device(name: str, expected: torch.dtype | None) -> None:
-    from qure_core.training.loop import _precision
-
-    assert _precision(name, torch.device("cpu")) == expected
+    assert autocast_type(name, torch.device("cpu")) == expected
 
 
 def test_bf16_autocast_step_is_close_to_fp32(
@@ -218,8 +235,8 @@ def test_bf16_autocast_step_is_close_to_fp32(
     model = parts[3].eval()
     batch = epoch_batches(parts, 0, 1)[0]
     with torch.no_grad():
-        exact = model(**batch.inputs)
+        exact = score(model, batch)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = model(**batch.inputs)
+            rounded = score(model, batch)
     assert not torch.equal(rounded.float(), exact)
     torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.3)

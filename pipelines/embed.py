@@ -1,0 +1,101 @@
+"""Compute each image's frozen vision features once, for training, mining and evaluation to read.
+
+    python pipelines/embed.py --config CONFIG                     # of model.pretrained's encoder
+    python pipelines/embed.py --config CONFIG --run.dir RUN       # of a run's own encoder
+    python pipelines/embed.py --config CONFIG --checkpoint DIR
+
+Run again after images were added or changed, only those are encoded. A build that was killed, or
+that ran out of disk, is finished by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from qure_core import storage
+from qure_core.config import Settings, load_settings
+from qure_core.data import load_split
+from qure_core.errors import InputError, run_main
+from qure_core.features.build import EncoderSource, build_store, prune_store
+from qure_core.features.identity import FeatureKey, feature_key
+from qure_core.resources import connect, plan_resources
+from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
+
+
+def choose_encoder(settings: Settings, checkpoint: str | None) -> tuple[EncoderSource, FeatureKey]:
+    """The encoder asked for: a checkpoint's, the run's, or that of the pretrained weights."""
+    precision = settings.model.vision_precision
+    epoch = latest_epoch(settings.run.dir, "train")
+    if checkpoint is None and epoch is not None:
+        checkpoint = checkpoint_uri(settings.run.dir, "train", epoch)
+    if checkpoint is not None:
+        return EncoderSource(checkpoint), feature_key(checkpoint, precision)
+    if settings.model.pretrained is None:
+        raise InputError(
+            f"run.dir: {settings.run.dir} has no training checkpoint and model.pretrained is not "
+            "set, so there is no encoder; give --checkpoint, or set features to 'build' and let "
+            "pipelines/train.py fill the store after its pretraining"
+        )
+    source = EncoderSource(settings.model.pretrained, settings.model.tokenizer)
+    model, processor = source.load()
+    return source, FeatureKey.of(model.encoder_digest(), processor.image_size, precision)
+
+
+def describe(uri: str, manifest: dict[str, Any]) -> str:
+    """The store in a few lines, for people."""
+    encoded, seconds = manifest["encoded"], manifest["seconds"]
+    lines = [
+        f"  images               {manifest['images']:>12,}",
+        f"  encoded now          {encoded:>12,}  in {seconds:,.1f} s"
+        + (f", {encoded / seconds:,.1f} images/s" if encoded else ""),
+        f"  quarantined          {len(manifest['quarantined']):>12,}",
+    ]
+    lines += [f"    {facts['fault']}" for facts in list(manifest["quarantined"].values())[:20]]
+    if "tokens" in manifest:
+        lines.append(
+            f"  features of an image [{manifest['tokens']}, {manifest['width']}] "
+            f"{manifest['precision']}"
+        )
+    lines.append(
+        f"  size                 {manifest['shard_bytes'] / 2**20:>12,.1f} MB "
+        f"in {manifest['shards']:,} shard(s)"
+    )
+    return "\n".join([*lines, f"feature store: {uri}"])
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--checkpoint",
+        help="checkpoint whose encoder is used: a path or URI (default: run.dir's newest, else "
+        "model.pretrained)",
+    )
+    options.add_argument(
+        "--splits", default="train,val", help="splits whose images are encoded (%(default)s)"
+    )
+    options.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove shards that no image needs any more; no job may be reading the store",
+    )
+    settings, chosen = load_settings(
+        sys.argv[1:], "pipelines/embed.py", "Fill the feature store.", options
+    )
+    images: dict[str, str] = {}
+    for name in chosen.splits.split(","):
+        images |= load_split(settings.data, name).images
+    checkpoint = storage.resolve(chosen.checkpoint) if chosen.checkpoint else None
+    source, key = choose_encoder(settings, checkpoint)
+    uri = key.uri(settings.feature_store.dir)
+    storage.check_writable(settings.feature_store.dir, "feature_store.dir")
+    connect()
+    manifest = build_store(settings, plan_resources(settings.cluster), source, key, images)
+    if chosen.prune:
+        print(f"[embed] removed {prune_store(uri):,} file(s) that nothing refers to")
+    print(describe(uri, manifest), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

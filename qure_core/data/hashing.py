@@ -1,0 +1,35 @@
+"""SHA-256 of image files, read on Ray."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from qure_core import storage
+from qure_core.progress import Progress
+
+_BATCH = 512
+
+
+def _hash(batch: Any) -> Any:
+    digests = [hashlib.sha256(storage.read_bytes(str(uri))).hexdigest() for uri in batch["uri"]]
+    return {"uri": batch["uri"], "sha256": np.asarray(digests)}
+
+
+def image_digests(images: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of every image file by URI."""
+    uris = sorted(set(images))
+    if not uris:
+        return {}
+    blocks = [pa.table({"uri": uris[i : i + _BATCH]}) for i in range(0, len(uris), _BATCH)]
+    progress = Progress("hash", len(uris), "images")
+    digest_of: dict[str, str] = {}
+    for row in ray.data.from_arrow(blocks).map_batches(_hash, batch_size=None).iter_rows():
+        digest_of[str(row["uri"])] = str(row["sha256"])
+        progress.advance(1)
+    return digest_of

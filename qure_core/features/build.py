@@ -1,0 +1,417 @@
+"""Filling the feature store on Ray Data: decoding in CPU tasks, the encoder in actors.
+
+Work is cut into pieces of the sorted images that the store lacks. A task reads and decodes a
+piece; an actor encodes it and writes a shard, then a record of it. Whatever is killed, the next
+attempt keeps the pieces that have a record. An image that cannot be decoded is left out and named
+in the manifest: it matters only to those who need it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+
+from qure_core import storage
+from qure_core.arrow_files import write_arrow
+from qure_core.config import ClusterSettings, Settings
+from qure_core.data.hashing import image_digests
+from qure_core.data.images import decode, preprocess_to_bytes
+from qure_core.embedding_shards import CHECKPOINT_KIND
+from qure_core.errors import InputError
+from qure_core.features.identity import FeatureKey
+from qure_core.features.store import FEATURES_KIND, INDEX_SCHEMA
+from qure_core.lease import hold
+from qure_core.parquet import parquet_bytes, read_parquet
+from qure_core.progress import Progress
+from qure_core.resources import Plan, granted_device
+
+_READERS = 16  # threads that read records, each a small file
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """Weights to encode with: a committed checkpoint, or what `load_model` takes."""
+
+    source: str
+    tokenizer: str | None = None
+
+    def load(self) -> tuple[Any, Any]:
+        """The model and its processor."""
+        from qure_core.model import load_model  # tasks that only decode need not import it
+
+        if storage.is_committed(self.source):
+            directory = storage.local_directory(self.source, CHECKPOINT_KIND, verify=True)
+            return load_model(str(directory))
+        return load_model(self.source, self.tokenizer)
+
+
+def build_store(
+    settings: Settings,
+    plan: Plan,
+    source: EncoderSource,
+    key: FeatureKey,
+    images: dict[str, str],
+) -> dict[str, Any]:
+    """Make the store of ``key`` hold the features of ``images`` (URIs by id); return its manifest.
+
+    Only new and changed images are encoded. What cannot be decoded, or is missing, is listed under
+    "quarantined"; images of earlier calls stay.
+    """
+    uri = key.uri(settings.feature_store.dir)
+    with hold(uri, "embedding") as lease:
+        index, manifest = _committed(uri)
+        stamps = storage.stamps(images.values())
+        index = _refreshed(index, images, stamps)
+        held = set(index["uri"].to_pylist())
+        wanted = [
+            {"image_id": name, "uri": image, "stamp": stamps[image]}
+            for name, image in sorted(images.items())
+            if image in stamps and image not in held
+        ]
+        pieces = _pieces(wanted, settings.feature_store.shard_images)
+        started = time.monotonic()
+        records = _encode(settings, plan, source, key, uri, pieces)
+        lease.check()
+        missing = {
+            image: {"image_id": name, "fault": f"{image}: image file is missing"}
+            for name, image in images.items()
+            if image not in stamps
+        }
+        return _commit(uri, key, index, manifest, records, missing, time.monotonic() - started)
+
+
+def _committed(uri: str) -> tuple[pa.Table, dict[str, Any]]:
+    """What the store there holds: index rows of shards that are whole, and the manifest."""
+    if not storage.is_committed(uri):
+        return INDEX_SCHEMA.empty_table(), {"files": {}, "quarantined": {}}
+    manifest = storage.read_json(storage.join(uri, storage.MANIFEST))
+    lost = set(storage.faults(uri, manifest))
+    if manifest["index"] in lost:
+        return INDEX_SCHEMA.empty_table(), {"files": {}, "quarantined": {}}
+    index = read_parquet(storage.join(uri, manifest["index"]))
+    whole = np.asarray([shard not in lost for shard in index["shard"].to_pylist()], bool)
+    return index.filter(pa.array(whole)), manifest
+
+
+def _refreshed(index: pa.Table, images: dict[str, str], stamps: dict[str, str]) -> pa.Table:
+    """The index without images that changed, with new names for content that it has already.
+
+    An image is read again only if its file looks different from when it was encoded.
+    """
+    if not index.num_rows:
+        return index
+    rows = index.to_pylist()
+    stamp_of = {row["uri"]: row["stamp"] for row in rows}
+    suspects = {
+        image: name
+        for name, image in images.items()
+        if image in stamps and stamps[image] != stamp_of.get(image)
+    }
+    digests = image_digests(suspects)
+    place_of = {row["sha256"]: row for row in rows}
+    gone = {image for image in images.values() if image not in stamps}
+    kept = [row for row in rows if row["uri"] not in suspects and row["uri"] not in gone]
+    kept += [
+        place_of[digests[image]] | {"image_id": name, "uri": image, "stamp": stamps[image]}
+        for image, name in suspects.items()
+        if digests[image] in place_of
+    ]
+    return pa.Table.from_pylist(kept, INDEX_SCHEMA)
+
+
+def _pieces(wanted: list[dict[str, str]], size: int) -> dict[str, list[dict[str, str]]]:
+    """Images to encode, cut into shards that are named by what is to be in them."""
+    pieces = {}
+    for start in range(0, len(wanted), size):
+        part = wanted[start : start + size]
+        pieces[hashlib.sha256(repr(part).encode()).hexdigest()[:16]] = part
+    return pieces
+
+
+def _record_uri(uri: str, piece: str) -> str:
+    return storage.join(uri, f"record-{piece}.json")
+
+
+_PIECE = pa.schema(
+    [
+        ("piece", pa.string()),
+        ("image_id", pa.list_(pa.string())),
+        ("uri", pa.list_(pa.string())),
+        ("stamp", pa.list_(pa.string())),
+    ]
+)
+_DECODED = pa.schema(
+    [
+        *_PIECE,
+        ("sha256", pa.list_(pa.string())),
+        ("fault", pa.list_(pa.string())),  # empty for an image that was decoded
+        ("pixels", pa.large_binary()),  # uint8 [n, 3, S, S] of those
+    ]
+)
+
+
+def _decode_piece(table: pa.Table, image_size: int, max_pixels: int) -> pa.Table:
+    """Task: read, hash, decode and preprocess the images of a piece."""
+    (row,) = table.to_pylist()
+    digests, faults = [], []
+    pixels = io.BytesIO()
+    for uri in row["uri"]:
+        digest = fault = ""
+        try:
+            data = storage.read_bytes(uri)
+            digest = hashlib.sha256(data).hexdigest()
+            image = decode(data, uri, max_pixels)
+            pixels.write(preprocess_to_bytes(image, image_size).tobytes())
+        except FileNotFoundError:
+            fault = f"{uri}: image file is missing"
+        except InputError as error:
+            fault = str(error)
+        digests.append(digest)
+        faults.append(fault)
+    row |= {"sha256": digests, "fault": faults, "pixels": pixels.getvalue()}
+    return pa.Table.from_pylist([row], _DECODED)
+
+
+class _Encoder:
+    """Actor: encodes decoded pieces and writes a shard and a record of each.
+
+    Two calls run at once, so that one writes while the other encodes.
+    """
+
+    def __init__(self, source: EncoderSource, key: FeatureKey, uri: str, threads: int) -> None:
+        from qure_core.model import encode_frozen
+
+        torch.set_num_threads(threads)
+        self.encode_frozen = encode_frozen
+        self.device = granted_device()
+        model, self.processor = source.load()
+        self.encoder = model.vision_encoder.eval().to(self.device)
+        self.key, self.uri = key, uri
+        self.encoding = threading.Lock()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (row,) = table.to_pylist()
+        good = [i for i, fault in enumerate(row["fault"]) if not fault]
+        with self.encoding:
+            started = time.monotonic()
+            features = self._encode(row["pixels"], len(good)) if good else None
+            seconds = time.monotonic() - started
+        fault = ""
+        try:
+            self._write(row, good, features)
+        except OSError as error:
+            # As data: an exception would reach the driver as Ray's own, its cause as text.
+            fault = (
+                f"feature_store.dir: cannot write to {self.uri} ({error.strerror or error}); "
+                "make room there, or choose another --feature_store.dir. What is written stays: "
+                "the same command goes on from it"
+            )
+        except InputError as error:
+            fault = str(error)
+        result = {"images": [len(row["uri"])], "seconds": [seconds], "fault": [fault]}
+        return pa.table(result)
+
+    def _encode(self, data: bytes, count: int) -> np.ndarray:
+        size = self.processor.image_size
+        pixels_BCHW = np.frombuffer(data, np.uint8).reshape(count, 3, size, size)
+        # A part at a time: normalised pixels are four times the size.
+        parts = [
+            self.encode_frozen(
+                self.encoder,
+                self.processor.pixel_values(part).to(self.device),
+                self.key.precision,
+            ).cpu()
+            for part in np.array_split(pixels_BCHW, math.ceil(count / 64))
+        ]
+        features: np.ndarray = torch.cat(parts).numpy()
+        return features
+
+    def _write(self, row: dict[str, Any], good: list[int], features: np.ndarray | None) -> None:
+        record: dict[str, Any] = {
+            "images": [
+                {name: row[name][i] for name in ("image_id", "uri", "stamp", "sha256")}
+                for i in good
+            ],
+            "quarantined": {
+                row["uri"][i]: {"image_id": row["image_id"][i], "fault": fault}
+                for i, fault in enumerate(row["fault"])
+                if fault
+            },
+        }
+        if features is not None:
+            if not np.isfinite(features).all():
+                raise InputError(
+                    f"model.vision_precision: features of images between {row['uri'][0]} and "
+                    f"{row['uri'][-1]} exceed {self.key.precision}; use fp32"
+                )
+            ids = pa.array([row["image_id"][i] for i in good])
+            column = pa.FixedShapeTensorArray.from_numpy_ndarray(features)
+            shard = f"shard-{row['piece']}.arrow"
+            facts = write_arrow(
+                storage.join(self.uri, shard), pa.table({"image_id": ids, "features": column})
+            )
+            tokens, width = features.shape[1:]
+            record |= {"shard": shard, "facts": facts, "tokens": tokens, "width": width}
+        storage.write_json(_record_uri(self.uri, row["piece"]), record)
+
+
+def _encode(
+    settings: Settings,
+    plan: Plan,
+    source: EncoderSource,
+    key: FeatureKey,
+    uri: str,
+    pieces: dict[str, list[dict[str, str]]],
+) -> list[dict[str, Any]]:
+    """Encode the pieces that have no record yet; return the records of all."""
+    there = set(storage.list_names(uri))
+    left = {
+        piece: rows
+        for piece, rows in pieces.items()
+        if _record_uri("", piece).strip("/") not in there
+    }
+    if left:
+        total = sum(map(len, left.values()))
+        kept = sum(map(len, pieces.values())) - total
+        if kept:
+            print(f"[embed] {kept:,} images were encoded by an earlier attempt", flush=True)
+        progress = Progress("embed", total, "images")
+        tables = [
+            pa.table(
+                {"piece": [piece]}
+                | {name: [[row[name] for row in rows]] for name in ("image_id", "uri", "stamp")},
+                schema=_PIECE,
+            )
+            for piece, rows in left.items()
+        ]
+        for row in _run(settings, plan, source, key, uri, tables):
+            if row["fault"]:
+                raise InputError(str(row["fault"]))
+            progress.advance(int(row["images"]))
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(storage.read_json, [_record_uri(uri, piece) for piece in pieces]))
+
+
+def _run(
+    settings: Settings,
+    plan: Plan,
+    source: EncoderSource,
+    key: FeatureKey,
+    uri: str,
+    tables: list[pa.Table],
+) -> Iterator[dict[str, Any]]:
+    cluster = settings.cluster
+    task = partial(
+        _decode_piece, image_size=key.image_size, max_pixels=settings.data.max_image_pixels
+    )
+    return iter(
+        ray.data.from_arrow(tables)
+        .map_batches(task, batch_size=1, batch_format="pyarrow", num_cpus=1)
+        .map_batches(
+            _Encoder,
+            fn_constructor_args=(source, key, uri, cluster.cpus_per_embed_actor),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                size=min(cluster.embed_actors, len(tables)),
+                max_concurrent_calls_per_actor=2,
+                enable_true_multi_threading=True,
+            ),
+            **(plan.embed | {"num_cpus": _actor_cpus(cluster)}),
+        )
+        .iter_rows()
+    )
+
+
+def _actor_cpus(cluster: ClusterSettings) -> float:
+    """CPUs that an actor asks Ray for, so that one is left for the tasks that decode.
+
+    Actors that hold every CPU would wait for ever for work that cannot start.
+    """
+    total = int(ray.cluster_resources().get("CPU", 0))
+    each = cluster.cpus_per_embed_actor
+    if each * cluster.embed_actors < total:
+        return each
+    share = (total - 1) / cluster.embed_actors
+    return math.floor(share) if share >= 1 else share  # Ray takes fractions below one only
+
+
+def _commit(
+    uri: str,
+    key: FeatureKey,
+    index: pa.Table,
+    manifest: dict[str, Any],
+    records: list[dict[str, Any]],
+    missing: dict[str, dict[str, str]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Write the new index and then the manifest; remove what only an unfinished build needs."""
+    quarantined: dict[str, Any] = dict(missing)
+    rows: list[dict[str, Any]] = []
+    facts_of: dict[str, dict[str, Any]] = dict(manifest["files"])
+    shape = {name: manifest[name] for name in ("tokens", "width") if name in manifest}
+    for record in records:
+        quarantined |= record["quarantined"]
+        rows += [
+            image | {"shard": record["shard"], "row": row}
+            for row, image in enumerate(record["images"])
+        ]
+        if "shard" in record:
+            facts_of[record["shard"]] = record["facts"]
+            shape = {name: record[name] for name in ("tokens", "width")}
+    table = pa.concat_tables([index, pa.Table.from_pylist(rows, INDEX_SCHEMA)]).sort_by("uri")
+    held = set(table["uri"].to_pylist())
+    for image, facts in manifest["quarantined"].items():
+        if image not in held:
+            quarantined.setdefault(image, facts)
+    data = parquet_bytes(table)
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"index-{digest[:16]}.parquet"
+    storage.write_bytes(storage.join(uri, name), data)
+    files = {shard: facts_of[shard] for shard in sorted(set(table["shard"].to_pylist()))}
+    total = sum(facts["bytes"] for facts in files.values())
+    files[name] = {"bytes": len(data), "sha256": digest}
+    description = (
+        asdict(key)
+        | shape
+        | {
+            "index": name,
+            "images": table.num_rows,
+            "encoded": len(rows),
+            "shards": len(files) - 1,
+            "shard_bytes": total,
+            "quarantined": quarantined,
+            "seconds": round(seconds, 3),  # of the last build
+        }
+    )
+    storage.commit(uri, FEATURES_KIND, description, files)
+    for left in storage.list_names(uri):
+        if left.startswith("record-"):
+            storage.remove(storage.join(uri, left))
+    return storage.read_manifest(uri, FEATURES_KIND)
+
+
+def prune_store(uri: str) -> int:
+    """Remove what the manifest does not name; no job may be reading the store. Returns a count."""
+    with hold(uri, "embedding"):
+        manifest = storage.read_manifest(uri, FEATURES_KIND)
+        known = {storage.MANIFEST, *manifest["files"]}
+        left = [name for name in storage.list_names(uri) if name not in known and name[:1] != "."]
+        for name in left:
+            storage.remove(storage.join(uri, name))
+    return len(left)

@@ -1,0 +1,59 @@
+"""What stored features depend on besides the images: the encoder, preprocessing and precision."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from qure_core import storage
+from qure_core.data.images import normalise, preprocess_to_bytes
+from qure_core.embedding_shards import CHECKPOINT_KIND
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """Digests of the encoder's weights and of preprocessing, and the features' precision.
+
+    ``image_size`` is the side of the encoder's input, pixels.
+    """
+
+    encoder: str
+    image_size: int
+    preprocessing: str
+    precision: str
+
+    @classmethod
+    def of(cls, encoder: str, image_size: int, precision: str) -> FeatureKey:
+        return cls(encoder, image_size, preprocessing_digest(image_size), precision)
+
+    def uri(self, stores: str) -> str:
+        """Where the features of this key are, below the directory of all stores."""
+        whole = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
+        return storage.join(stores, whole.hexdigest()[:16])
+
+
+def feature_key(checkpoint: str, precision: str) -> FeatureKey:
+    """The key of a committed checkpoint's features."""
+    manifest = storage.read_manifest(checkpoint, CHECKPOINT_KIND)
+    return FeatureKey.of(manifest["encoder"], manifest["image_size"], precision)
+
+
+@lru_cache
+def preprocessing_digest(image_size: int) -> str:
+    """What preprocessing does, told by what it makes of some fixed pictures.
+
+    So any change of it is noticed, whether in its settings, its code or the image library.
+    """
+    digest = hashlib.sha256()
+    ramp = (np.arange(97 * 61 * 3, dtype=np.int64) * 7919 % 256).astype(np.uint8)
+    for height, width in ((97, 61), (61, 97), (77, 77)):
+        picture = Image.fromarray(np.resize(ramp, (height, width, 3)))
+        for mode in ("RGB", "P", "L"):
+            pixels = preprocess_to_bytes(picture.convert(mode), image_size)
+            digest.update(normalise(pixels[None]).tobytes())
+    return digest.hexdigest()[:16]
