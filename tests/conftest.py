@@ -20,6 +20,22 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_ADDRESS"] = "local"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of parallel test processes one takes a whole file, and one all tests of the finished run.
+
+    That run is the longest, so it begins first.
+    """
+
+    def of_the_run(item: pytest.Item) -> bool:
+        return "finished" in getattr(item, "fixturenames", ())
+
+    items.sort(key=lambda item: not of_the_run(item))
+    for item in items:
+        group = "finished run" if of_the_run(item) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     import ray
@@ -86,7 +102,8 @@ JOB = [
 
 
 def job(world: Path, run_dir: Path, *more: str) -> list[str]:
-    return [*JOB, f"--data.root={world}", f"--run.dir={run_dir}", *more]
+    features = [] if any(word.startswith("--features") for word in more) else ["--features=off"]
+    return [*JOB, f"--data.root={world}", f"--run.dir={run_dir}", *features, *more]
 
 
 @pytest.fixture(scope="session")

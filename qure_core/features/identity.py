@@ -13,6 +13,7 @@ from PIL import Image
 from qure_core import storage
 from qure_core.data.images import normalise, preprocess_to_bytes
 from qure_core.embedding_shards import CHECKPOINT_KIND
+from qure_core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class FeatureKey:
 def feature_key(checkpoint: str, precision: str) -> FeatureKey:
     """The key of a committed checkpoint's features."""
     manifest = storage.read_manifest(checkpoint, CHECKPOINT_KIND)
+    if "encoder" not in manifest:
+        raise InputError(
+            f"{checkpoint}: its manifest does not say which encoder it has, so no features can be "
+            "stored for it; set --features off"
+        )
     return FeatureKey.of(manifest["encoder"], manifest["image_size"], precision)
 
 

@@ -200,6 +200,7 @@ def embed(folder: Path, split: Split, settings: Settings) -> str:
         "split": "train",
         "inputs": job.digest(),
         "batch": settings.cluster.embed_batch,
+        "vision_precision": settings.model.vision_precision,
     }
     write_embeddings(
         job.output, split, tokens=TOKENS, width=WIDTH, shard=2048, dtype=torch.float16, facts=facts

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from qure_core import storage
+from qure_core.arrow_files import write_arrow
 from qure_core.data.schema import Split, Triplet
 from qure_core.embedding import write_shard
 from qure_core.embedding_shards import EMBEDDINGS_KIND, shard_files
+from qure_core.features.store import FEATURES_KIND, INDEX_SCHEMA, StoredFeatures
+from qure_core.parquet import parquet_bytes
 
 
 def make_split(queries: int, images: int, seed: int = 0) -> Split:
@@ -58,3 +62,30 @@ def write_embeddings(
         first_ids.append(own[0])
     shapes = {"shards": shards, "tokens": tokens, "width": width, "first_ids": first_ids}
     storage.write_manifest(uri, EMBEDDINGS_KIND, shapes | {"seconds": 0.0} | (facts or {}), names)
+
+
+def write_features(
+    folder: str, images: dict[str, str], shape: tuple[int, int], shard: int
+) -> Callable[[dict[str, str]], StoredFeatures]:
+    """Commit a store of random fp16 features [P, W] of images that need no files; its reader."""
+    uri = f"{folder}/random"
+    names = sorted(images)
+    values = np.random.default_rng(0).standard_normal((shard, *shape), np.float32)
+    rows: list[dict[str, Any]] = []
+    files: dict[str, dict[str, Any]] = {}
+    for start in range(0, len(names), shard):
+        own = names[start : start + shard]
+        column = pa.FixedShapeTensorArray.from_numpy_ndarray(values[: len(own)].astype(np.float16))
+        name = f"shard-{start:06d}.arrow"
+        table = pa.table({"image_id": own, "features": column})
+        files[name] = write_arrow(f"{uri}/{name}", table)
+        facts = {"stamp": "", "sha256": "", "shard": name}
+        rows += [
+            facts | {"image_id": image, "uri": images[image], "row": row}
+            for row, image in enumerate(own)
+        ]
+    data = parquet_bytes(pa.Table.from_pylist(rows, INDEX_SCHEMA))
+    storage.write_bytes(f"{uri}/index.parquet", data)
+    files["index.parquet"] = {"bytes": len(data), "sha256": ""}
+    storage.commit(uri, FEATURES_KIND, {"index": "index.parquet"}, files)
+    return lambda wanted: StoredFeatures(uri, wanted, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import ROOT
@@ -61,17 +63,23 @@ def test_container_file_copies_what_exists() -> None:
                 assert (ROOT / source).exists(), source
 
 
-def processes_with(text: str) -> set[str]:
-    """Process ids of the programs whose command line holds ``text``."""
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
-    lines = [line.split(None, 1) for line in listing.stdout.splitlines()]
-    return {pid for pid, command in lines if text in command and not command.startswith("ps ")}
+MARK = "QURE_TEST_JOB"  # in the environment of a test's job and of the head started for it
 
 
-def wait_until_gone(text: str, before: set[str]) -> None:
+def processes_of(tmp_path: Path) -> list[psutil.Process]:
+    """Everything that a job of this test has started and that still runs."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == str(tmp_path):
+                found.append(process)
+    return found
+
+
+def wait_until_gone(tmp_path: Path) -> None:
     deadline = time.monotonic() + 20
-    while processes_with(text) - before:
-        assert time.monotonic() < deadline, f"{text} outlived the job"
+    while left := processes_of(tmp_path):
+        assert time.monotonic() < deadline, f"{left} outlived the job"
         time.sleep(0.2)
 
 
@@ -81,6 +89,7 @@ def local(tmp_path: Path, code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*command, "python", "-c", code],
         cwd=tmp_path,
+        env=os.environ | {MARK: str(tmp_path)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,19 +99,17 @@ def local(tmp_path: Path, code: str) -> subprocess.Popen[str]:
 
 @pytest.mark.timeout(280)
 def test_a_job_runs_on_a_head_that_does_not_outlive_it(tmp_path: Path) -> None:
-    heads = processes_with("gcs_server")
     code = "import os; print('home', os.environ['QURE_HOME']); raise SystemExit(3)"
     job = local(tmp_path, code)
     output, _ = job.communicate(timeout=250)
     assert f"home {tmp_path}" in output, output
     assert job.returncode != 0
-    wait_until_gone("gcs_server", heads)
+    wait_until_gone(tmp_path)
     assert "starting a local Ray head" in output
 
 
 @pytest.mark.timeout(400)
 def test_interrupt_stops_the_job_and_the_head(tmp_path: Path) -> None:
-    heads = processes_with("gcs_server")
     marker = tmp_path / "running"
     code = f"import pathlib, time; pathlib.Path({str(marker)!r}).touch(); time.sleep(600)"
     job = local(tmp_path, code)
@@ -111,9 +118,9 @@ def test_interrupt_stops_the_job_and_the_head(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         assert job.poll() is None
         time.sleep(0.2)
+    assert any("gcs_server" in process.name() for process in processes_of(tmp_path))
     os.killpg(job.pid, signal.SIGINT)
     output, _ = job.communicate(timeout=200)
     assert "stopping the job" in output, output
     assert job.returncode == 130
-    wait_until_gone(str(marker), set())
-    wait_until_gone("gcs_server", heads)
+    wait_until_gone(tmp_path)

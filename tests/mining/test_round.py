@@ -50,6 +50,7 @@ def prepare(folder: Path, split: Split, **mining: Any) -> str:
         "split": "train",
         "inputs": job.digest(),
         "batch": settings.cluster.embed_batch,
+        "vision_precision": settings.model.vision_precision,
     }
     write_embeddings(job.output, split, tokens=2, width=8, shard=700, facts=facts)
     return checkpoint
