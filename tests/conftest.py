@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
@@ -20,20 +21,18 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_ADDRESS"] = "local"
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of parallel test processes one takes a whole file, and one all tests of the finished run.
+    """The file that makes the finished run goes first, and others that look at it go last.
 
-    That run is the longest, so it begins first.
+    Of parallel test processes, each taking whole files, one then makes it and none waits for it.
     """
 
-    def of_the_run(item: pytest.Item) -> bool:
-        return "finished" in getattr(item, "fixturenames", ())
+    def turn(item: pytest.Item) -> int:
+        if "finished" not in getattr(item, "fixturenames", ()):
+            return 1
+        return 0 if item.path.name == "test_run.py" else 2
 
-    items.sort(key=lambda item: not of_the_run(item))
-    for item in items:
-        group = "finished run" if of_the_run(item) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")
@@ -110,10 +109,17 @@ def job(world: Path, run_dir: Path, *more: str) -> list[str]:
 def finished(
     world: Path, tmp_path_factory: pytest.TempPathFactory, run_pipeline: Runner
 ) -> tuple[Path, str]:
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    result = run_pipeline("train", *job(world, run_dir))
-    assert result.returncode == 0, result.stdout + result.stderr
-    return run_dir, result.stdout
+    """A whole run's directory and output, made by one of the test processes for all."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    run_dir, output = base / "finished", base / "finished.txt"
+    with FileLock(f"{run_dir}.lock"):
+        if not output.exists():
+            result = run_pipeline("train", *job(world, run_dir))
+            assert result.returncode == 0, result.stdout + result.stderr
+            output.write_text(result.stdout)
+    return run_dir, output.read_text()
 
 
 @pytest.fixture(scope="session")

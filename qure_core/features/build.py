@@ -66,14 +66,17 @@ def build_store(
     source: EncoderSource,
     key: FeatureKey,
     images: dict[str, str],
+    *,
+    wait: bool = False,
 ) -> dict[str, Any]:
     """Make the store of ``key`` hold the features of ``images`` (URIs by id); return its manifest.
 
     Only new and changed images are encoded. What cannot be decoded, or is missing, is listed under
-    "quarantined"; images of earlier calls stay.
+    "quarantined"; images of earlier calls stay. While another process fills the same store this
+    one raises `BusyError`, or waits for it.
     """
     uri = key.uri(settings.feature_store.dir)
-    with hold(uri, "embedding") as lease:
+    with hold(uri, "embedding", wait=wait) as lease:
         index, manifest = _committed(uri)
         stamps = storage.stamps(images.values())
         index = _refreshed(index, images, stamps)

@@ -31,7 +31,7 @@ def usable_store(
     if fault is None:
         return uri
     if settings.features == "build":
-        build_store(settings, plan, EncoderSource(checkpoint), key, images)
+        build_store(settings, plan, EncoderSource(checkpoint), key, images, wait=True)
         fault = _fault(uri, images)
         if fault is None:
             return uri
@@ -48,10 +48,13 @@ def usable_store(
 
 def _fault(uri: str, images: dict[str, str]) -> str | None:
     """Why a store cannot serve ``images``, or None if it can."""
-    store = FeatureStore.open(uri)
+    manifest = storage.read_json(storage.join(uri, storage.MANIFEST))
+    if lost := sorted(storage.faults(uri, manifest)):
+        return f"{len(lost):,} of its files are missing or cut short, first {lost[0]}"
+    store = FeatureStore(uri, manifest)
     rows = store.index(images.values()).to_pylist()
     held = {row["uri"]: row for row in rows}
-    quarantined = store.manifest["quarantined"]
+    quarantined = manifest["quarantined"]
     lacking = sorted(set(images.values()) - set(held))
     if lacking:
         named = [image for image in lacking if image in quarantined]

@@ -190,6 +190,8 @@ def test_only_what_changed_is_encoded_again(
     # A shard that is lost is made again, alone.
     lost = sorted(before)[0]
     (store / lost).unlink()
+    assert usable_store(settings, plan, uri, more) is None
+    assert f"missing or cut short, first {lost}" in capfd.readouterr().out
     assert 0 < build(settings, uri, more)["encoded"] <= 16
     (store / "record-left.json").write_text("{}")
     assert prune_store(str(store)) >= 1

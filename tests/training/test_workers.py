@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from qure_core import storage
 from qure_core.data import read_split
 from qure_core.data.schema import Split, Triplet
 from qure_core.model import QuReModel, QuReProcessor, encode_frozen, load_model
-from qure_core.network import free_port
 from qure_core.training.batches import ImageLoader, random_negative, triplet_batches
 from qure_core.training.optimisation import Optimisation, make_optimizer
 from qure_core.training.steps import TripletStep
@@ -88,10 +88,13 @@ def check_weights(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             assert difference.quantile(0.99) <= 1e-5, name
 
 
-def work(rank: int, workers: int, port: int, run_dir: Path, batch_size: int, out: Path) -> None:
+def work(rank: int, workers: int, meeting: Path, run_dir: Path, batch_size: int, out: Path) -> None:
     """One worker's epoch, as the training loop takes it, in DDP over gloo."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    # Met at a file: a port found free may be taken by another test before it is used.
+    dist.init_process_group(
+        "gloo", f"file://{meeting}", rank=rank, world_size=workers, timeout=timedelta(minutes=2)
+    )
     model, processor, split, corpora = parts(run_dir)
     encoder = model.vision_encoder
     model.vision_encoder = torch.nn.Identity()
@@ -136,7 +139,7 @@ def test_workers_share_one_epoch(
 ) -> None:
     expected, losses = plain_epoch(finished_run, batch_size, seed=1000, lr=1e-3)
     out = tmp_path / "out.pt"
-    arguments: Sequence[object] = (workers, free_port(), finished_run, batch_size, out)
+    arguments: Sequence[object] = (workers, tmp_path / "meeting", finished_run, batch_size, out)
     torch.multiprocessing.spawn(work, arguments, nprocs=workers)
     state, sums, counts = torch.load(out)
     check_weights(state, expected)
