@@ -322,9 +322,12 @@ def _run(
     task = partial(
         _decode_piece, image_size=key.image_size, max_pixels=settings.data.max_image_pixels
     )
+    # A decoded piece and its copies. Asking for it also keeps Ray from running both steps in the
+    # actor, one after the other, as it does with steps that ask for the same.
+    memory = 4 * settings.feature_store.shard_images * 3 * key.image_size**2
     return iter(
         ray.data.from_arrow(tables)
-        .map_batches(task, batch_size=1, batch_format="pyarrow", num_cpus=1)
+        .map_batches(task, batch_size=1, batch_format="pyarrow", num_cpus=1, memory=memory)
         .map_batches(
             _Encoder,
             fn_constructor_args=(source, key, uri, cluster.cpus_per_embed_actor),
