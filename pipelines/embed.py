@@ -16,8 +16,8 @@ from typing import Any
 
 from qure_core import storage
 from qure_core.config import Settings, load_settings
-from qure_core.data import load_split
-from qure_core.errors import InputError, run_main
+from qure_core.data.sources import read_source
+from qure_core.errors import InputError, raise_problems, run_main
 from qure_core.features.build import EncoderSource, build_store, prune_store
 from qure_core.features.identity import FeatureKey, feature_key
 from qure_core.resources import connect, plan_resources
@@ -27,9 +27,9 @@ from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
 def choose_encoder(settings: Settings, checkpoint: str | None) -> tuple[EncoderSource, FeatureKey]:
     """The encoder asked for: a checkpoint's, the run's, or that of the pretrained weights."""
     precision = settings.model.vision_precision
-    epoch = latest_epoch(settings.run.dir, "train")
-    if checkpoint is None and epoch is not None:
-        checkpoint = checkpoint_uri(settings.run.dir, "train", epoch)
+    if checkpoint is None and latest_epoch(settings.run.dir, "train") is not None:
+        # All have the same encoder, and this one is never pruned.
+        checkpoint = checkpoint_uri(settings.run.dir, "train", 0)
     if checkpoint is not None:
         return EncoderSource(checkpoint), feature_key(checkpoint, precision)
     if settings.model.pretrained is None:
@@ -45,7 +45,7 @@ def choose_encoder(settings: Settings, checkpoint: str | None) -> tuple[EncoderS
 
 def describe(uri: str, manifest: dict[str, Any]) -> str:
     """The store in a few lines, for people."""
-    encoded, seconds = manifest["encoded"], manifest["seconds"]
+    encoded, seconds = manifest["encoded"], max(manifest["seconds"], 1e-3)
     lines = [
         f"  images               {manifest['images']:>12,}",
         f"  encoded now          {encoded:>12,}  in {seconds:,.1f} s"
@@ -69,8 +69,8 @@ def main() -> None:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
         "--checkpoint",
-        help="checkpoint whose encoder is used: a path or URI (default: run.dir's newest, else "
-        "model.pretrained)",
+        help="checkpoint whose encoder is used: a path or URI (default: run.dir's first, else "
+        "model.pretrained, which must then be visible on all nodes)",
     )
     options.add_argument(
         "--splits", default="train,val", help="splits whose images are encoded (%(default)s)"
@@ -84,14 +84,23 @@ def main() -> None:
         sys.argv[1:], "pipelines/embed.py", "Fill the feature store.", options
     )
     images: dict[str, str] = {}
+    absent: dict[str, dict[str, str]] = {}
     for name in chosen.splits.split(","):
-        images |= load_split(settings.data, name).images
+        split, problems = read_source(settings.data, name)
+        images |= split.images
+        # Whoever needs what is missing will refuse to start; the rest can be encoded.
+        for problem in problems:
+            place = f"{problem.file} [{problem.where}]"
+            absent[place] = {"image_id": problem.where, "fault": str(problem)}
+        if not images:
+            raise_problems(problems, f"{settings.data.root} ({name} split)")
     checkpoint = storage.resolve(chosen.checkpoint) if chosen.checkpoint else None
     source, key = choose_encoder(settings, checkpoint)
     uri = key.uri(settings.feature_store.dir)
     storage.check_writable(settings.feature_store.dir, "feature_store.dir")
     connect()
-    manifest = build_store(settings, plan_resources(settings.cluster), source, key, images)
+    plan = plan_resources(settings.cluster)
+    manifest = build_store(settings, plan, source, key, images, absent=absent)
     if chosen.prune:
         print(f"[embed] removed {prune_store(uri):,} file(s) that nothing refers to")
     print(describe(uri, manifest), flush=True)

@@ -9,14 +9,24 @@ import pyarrow as pa
 from qure_core import storage
 
 
-def write_arrow(uri: str, table: pa.Table) -> dict[str, int | str]:
-    """Write ``table`` as one Arrow IPC file; return its manifest entry (bytes, sha256)."""
+def arrow_bytes(table: pa.Table) -> memoryview:
+    """``table`` as one Arrow IPC file."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    data = memoryview(sink.getvalue())
+    return memoryview(sink.getvalue())
+
+
+def file_facts(data: memoryview | bytes) -> dict[str, int | str]:
+    """A file's manifest entry: bytes and sha256."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_arrow(uri: str, table: pa.Table) -> dict[str, int | str]:
+    """Write ``table`` as one Arrow IPC file; return its manifest entry (bytes, sha256)."""
+    data = arrow_bytes(table)
     storage.write_bytes(uri, data)
-    return {"bytes": data.nbytes, "sha256": hashlib.sha256(data).hexdigest()}
+    return file_facts(data)
 
 
 def read_arrow(uri: str) -> pa.Table:

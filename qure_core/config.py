@@ -8,6 +8,8 @@ value at once.
 from __future__ import annotations
 
 import argparse
+import getpass
+import tempfile
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -232,7 +234,7 @@ class FeatureStoreSettings(_Section):
         "features", description="directory of feature stores: a path or URI that all nodes see"
     )
     cache_dir: str = Field(
-        "/tmp/qure-features",
+        f"{tempfile.gettempdir()}/qure-features-{getpass.getuser()}",
         description="local directory in which a node keeps what it fetches of a remote store",
     )
     shard_images: int = Field(256, ge=1, description="images in one file of a store")

@@ -29,6 +29,11 @@ from fsspec.implementations.local import LocalFileSystem
 from qure_core.errors import InputError
 
 MANIFEST = "manifest.json"
+# What listings call an entity tag or the time of the last change, on one store or another.
+_CHANGE_MARKS = (
+    *("ETag", "etag", "generation", "LastModified", "last_modified", "updated", "mtime"),
+    "created",
+)
 PLAN = "plan.json"  # what an unfinished directory is being filled with
 
 
@@ -177,8 +182,9 @@ def stamps(uris: Iterable[str]) -> dict[str, str]:
         facts_of = {entry["name"].rsplit("/", 1)[-1]: entry for entry in listed}
         for uri in members:
             if entry := facts_of.get(uri.rsplit("/", 1)[-1]):
-                mark = entry.get("ETag") or entry.get("LastModified") or entry.get("created")
-                found[uri] = f"{entry['size']} {mark}"
+                marks = [entry[name] for name in _CHANGE_MARKS if entry.get(name)]
+                # Without any, it looks different every time, so that its content is compared.
+                found[uri] = f"{entry['size']} {marks[0] if marks else uuid.uuid4().hex}"
     return found
 
 

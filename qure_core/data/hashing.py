@@ -17,12 +17,17 @@ _BATCH = 512
 
 
 def _hash(batch: Any) -> Any:
-    digests = [hashlib.sha256(storage.read_bytes(str(uri))).hexdigest() for uri in batch["uri"]]
+    digests = []
+    for uri in batch["uri"]:
+        try:
+            digests.append(hashlib.sha256(storage.read_bytes(str(uri))).hexdigest())
+        except OSError:
+            digests.append("")
     return {"uri": batch["uri"], "sha256": np.asarray(digests)}
 
 
 def image_digests(images: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of every image file by URI."""
+    """SHA-256 of every image file by URI, without those that cannot be read."""
     uris = sorted(set(images))
     if not uris:
         return {}
@@ -30,6 +35,7 @@ def image_digests(images: Iterable[str]) -> dict[str, str]:
     progress = Progress("hash", len(uris), "images")
     digest_of: dict[str, str] = {}
     for row in ray.data.from_arrow(blocks).map_batches(_hash, batch_size=None).iter_rows():
-        digest_of[str(row["uri"])] = str(row["sha256"])
+        if row["sha256"]:
+            digest_of[str(row["uri"])] = str(row["sha256"])
         progress.advance(1)
     return digest_of

@@ -80,6 +80,8 @@ def _load_judged(settings: Settings, file: str) -> tuple[Split, list[JudgedPair]
 def content_digest(split: Split) -> str:
     """A digest of a split: its queries, its galleries and every image's bytes, read on Ray."""
     digest_of = image_digests(split.images.values())
+    if unread := sorted(set(split.images.values()) - set(digest_of)):
+        raise InputError(f"{len(unread):,} image(s) cannot be read, first {unread[0]}")
     whole = hashlib.sha256(repr((split.triplets, sorted(split.galleries.items()))).encode())
     for image_id, uri in sorted(split.images.items()):
         whole.update(f"{image_id} {digest_of[uri]}\n".encode())

@@ -8,6 +8,7 @@ in the manifest: it matters only to those who need it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import math
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +29,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from qure_core import storage
-from qure_core.arrow_files import write_arrow
+from qure_core.arrow_files import arrow_bytes, file_facts
 from qure_core.config import ClusterSettings, Settings
 from qure_core.data.hashing import image_digests
 from qure_core.data.images import decode, preprocess_to_bytes
@@ -40,6 +42,7 @@ from qure_core.parquet import parquet_bytes, read_parquet
 from qure_core.progress import Progress
 from qure_core.resources import Plan, granted_device
 
+_SHAPE = ("tokens", "width")  # of an image's features
 _READERS = 16  # threads that read records, each a small file
 
 
@@ -67,17 +70,19 @@ def build_store(
     key: FeatureKey,
     images: dict[str, str],
     *,
+    absent: dict[str, dict[str, str]] | None = None,
     wait: bool = False,
 ) -> dict[str, Any]:
     """Make the store of ``key`` hold the features of ``images`` (URIs by id); return its manifest.
 
     Only new and changed images are encoded. What cannot be decoded, or is missing, is listed under
-    "quarantined"; images of earlier calls stay. While another process fills the same store this
-    one raises `BusyError`, or waits for it.
+    "quarantined", with what the caller knows to be ``absent``; images of earlier calls stay. While
+    another process fills the same store this one raises `BusyError`, or waits for it.
     """
     uri = key.uri(settings.feature_store.dir)
-    with hold(uri, "embedding", wait=wait) as lease:
+    with _writing(uri), hold(uri, "embedding", wait=wait) as lease:
         index, manifest = _committed(uri)
+        index, manifest = _recovered(uri, index, manifest)
         stamps = storage.stamps(images.values())
         index = _refreshed(index, images, stamps)
         held = set(index["uri"].to_pylist())
@@ -86,16 +91,34 @@ def build_store(
             for name, image in sorted(images.items())
             if image in stamps and image not in held
         ]
-        pieces = _pieces(wanted, settings.feature_store.shard_images)
-        started = time.monotonic()
-        records = _encode(settings, plan, source, key, uri, pieces)
-        lease.check()
-        missing = {
+        missing = dict(absent or {}) | {
             image: {"image_id": name, "fault": f"{image}: image file is missing"}
             for name, image in images.items()
             if image not in stamps
         }
+        pieces = _pieces(wanted, settings.feature_store.shard_images)
+        started = time.monotonic()
+        records = _encode(settings, plan, source, key, uri, pieces)
+        lease.check()
         return _commit(uri, key, index, manifest, records, missing, time.monotonic() - started)
+
+
+def _cannot_write(uri: str, error: OSError) -> str:
+    return (
+        f"feature_store.dir: cannot write to {uri} ({error.strerror or error}); make room there, "
+        "or choose another --feature_store.dir. What is written stays: the same command goes on "
+        "from it"
+    )
+
+
+@contextmanager
+def _writing(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise InputError(_cannot_write(uri, error)) from None
+        raise
 
 
 def _committed(uri: str) -> tuple[pa.Table, dict[str, Any]]:
@@ -109,6 +132,39 @@ def _committed(uri: str) -> tuple[pa.Table, dict[str, Any]]:
     index = read_parquet(storage.join(uri, manifest["index"]))
     whole = np.asarray([shard not in lost for shard in index["shard"].to_pylist()], bool)
     return index.filter(pa.array(whole)), manifest
+
+
+def _recovered(
+    uri: str, index: pa.Table, manifest: dict[str, Any]
+) -> tuple[pa.Table, dict[str, Any]]:
+    """With the shards of a build that did not come to its end, whatever it was asked for."""
+    names = [name for name in storage.list_names(uri) if name.startswith("record-")]
+    records = _read_records(uri, names)
+    shards = {record["shard"]: record["facts"] for record in records if "shard" in record}
+    lost = set(storage.faults(uri, {"files": shards}))
+    rows = {row["uri"]: row for row in index.to_pylist()}
+    found = 0
+    for record in records:
+        if record.get("shard", "") not in lost:
+            rows |= {row["uri"]: row for row in _rows(record)}
+            found += len(record["images"])
+            manifest = manifest | {name: record[name] for name in _SHAPE if name in record}
+    if found:
+        print(f"[embed] {found:,} images were encoded by an earlier attempt", flush=True)
+    files = manifest["files"] | {name: facts for name, facts in shards.items() if name not in lost}
+    return pa.Table.from_pylist(list(rows.values()), INDEX_SCHEMA), manifest | {"files": files}
+
+
+def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Index rows of a record's images."""
+    return [
+        image | {"shard": record["shard"], "row": row} for row, image in enumerate(record["images"])
+    ]
+
+
+def _read_records(uri: str, names: list[str]) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(storage.read_json, [storage.join(uri, name) for name in names]))
 
 
 def _refreshed(index: pa.Table, images: dict[str, str], stamps: dict[str, str]) -> pa.Table:
@@ -132,7 +188,7 @@ def _refreshed(index: pa.Table, images: dict[str, str], stamps: dict[str, str]) 
     kept += [
         place_of[digests[image]] | {"image_id": name, "uri": image, "stamp": stamps[image]}
         for image, name in suspects.items()
-        if digests[image] in place_of
+        if digests.get(image) in place_of
     ]
     return pa.Table.from_pylist(kept, INDEX_SCHEMA)
 
@@ -146,8 +202,8 @@ def _pieces(wanted: list[dict[str, str]], size: int) -> dict[str, list[dict[str,
     return pieces
 
 
-def _record_uri(uri: str, piece: str) -> str:
-    return storage.join(uri, f"record-{piece}.json")
+def _record_name(piece: str) -> str:
+    return f"record-{piece}.json"
 
 
 _PIECE = pa.schema(
@@ -184,6 +240,8 @@ def _decode_piece(table: pa.Table, image_size: int, max_pixels: int) -> pa.Table
             fault = f"{uri}: image file is missing"
         except InputError as error:
             fault = str(error)
+        except Exception as error:  # of the storage, or of a decoder that met nonsense
+            fault = f"{uri}: cannot be read ({type(error).__name__}: {error})"
         digests.append(digest)
         faults.append(fault)
     row |= {"sha256": digests, "fault": faults, "pixels": pixels.getvalue()}
@@ -209,25 +267,24 @@ class _Encoder:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()
+        if not storage.list_names(self.uri):  # the driver holds its lease there
+            fault = (
+                f"feature_store.dir: {self.uri} is not the same directory on all nodes; give a "
+                "path or URI that they share, e.g. --feature_store.dir s3://bucket/features"
+            )
+            return pa.table({"images": [0], "fault": [fault]})
         good = [i for i, fault in enumerate(row["fault"]) if not fault]
         with self.encoding:
-            started = time.monotonic()
             features = self._encode(row["pixels"], len(good)) if good else None
-            seconds = time.monotonic() - started
         fault = ""
         try:
             self._write(row, good, features)
         except OSError as error:
             # As data: an exception would reach the driver as Ray's own, its cause as text.
-            fault = (
-                f"feature_store.dir: cannot write to {self.uri} ({error.strerror or error}); "
-                "make room there, or choose another --feature_store.dir. What is written stays: "
-                "the same command goes on from it"
-            )
+            fault = _cannot_write(self.uri, error)
         except InputError as error:
             fault = str(error)
-        result = {"images": [len(row["uri"])], "seconds": [seconds], "fault": [fault]}
-        return pa.table(result)
+        return pa.table({"images": [len(row["uri"])], "fault": [fault]})
 
     def _encode(self, data: bytes, count: int) -> np.ndarray:
         size = self.processor.image_size
@@ -264,13 +321,13 @@ class _Encoder:
                 )
             ids = pa.array([row["image_id"][i] for i in good])
             column = pa.FixedShapeTensorArray.from_numpy_ndarray(features)
-            shard = f"shard-{row['piece']}.arrow"
-            facts = write_arrow(
-                storage.join(self.uri, shard), pa.table({"image_id": ids, "features": column})
-            )
+            data = arrow_bytes(pa.table({"image_id": ids, "features": column}))
+            facts = file_facts(data)
+            shard = f"shard-{str(facts['sha256'])[:32]}.arrow"
+            storage.write_bytes(storage.join(self.uri, shard), data)
             tokens, width = features.shape[1:]
             record |= {"shard": shard, "facts": facts, "tokens": tokens, "width": width}
-        storage.write_json(_record_uri(self.uri, row["piece"]), record)
+        storage.write_json(storage.join(self.uri, _record_name(row["piece"])), record)
 
 
 def _encode(
@@ -281,18 +338,9 @@ def _encode(
     uri: str,
     pieces: dict[str, list[dict[str, str]]],
 ) -> list[dict[str, Any]]:
-    """Encode the pieces that have no record yet; return the records of all."""
-    there = set(storage.list_names(uri))
-    left = {
-        piece: rows
-        for piece, rows in pieces.items()
-        if _record_uri("", piece).strip("/") not in there
-    }
-    if left:
-        total = sum(map(len, left.values()))
-        kept = sum(map(len, pieces.values())) - total
-        if kept:
-            print(f"[embed] {kept:,} images were encoded by an earlier attempt", flush=True)
+    """Encode the pieces; return their records."""
+    if pieces:
+        total = sum(map(len, pieces.values()))
         progress = Progress("embed", total, "images")
         tables = [
             pa.table(
@@ -300,14 +348,13 @@ def _encode(
                 | {name: [[row[name] for row in rows]] for name in ("image_id", "uri", "stamp")},
                 schema=_PIECE,
             )
-            for piece, rows in left.items()
+            for piece, rows in pieces.items()
         ]
         for row in _run(settings, plan, source, key, uri, tables):
             if row["fault"]:
                 raise InputError(str(row["fault"]))
             progress.advance(int(row["images"]))
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(storage.read_json, [_record_uri(uri, piece) for piece in pieces]))
+    return _read_records(uri, [_record_name(piece) for piece in pieces])
 
 
 def _run(
@@ -370,28 +417,25 @@ def _commit(
     quarantined: dict[str, Any] = dict(missing)
     rows: list[dict[str, Any]] = []
     facts_of: dict[str, dict[str, Any]] = dict(manifest["files"])
-    shape = {name: manifest[name] for name in ("tokens", "width") if name in manifest}
+    shape = {name: manifest[name] for name in _SHAPE if name in manifest}
     for record in records:
         quarantined |= record["quarantined"]
-        rows += [
-            image | {"shard": record["shard"], "row": row}
-            for row, image in enumerate(record["images"])
-        ]
         if "shard" in record:
+            rows += _rows(record)
             facts_of[record["shard"]] = record["facts"]
-            shape = {name: record[name] for name in ("tokens", "width")}
+            shape = {name: record[name] for name in _SHAPE}
     table = pa.concat_tables([index, pa.Table.from_pylist(rows, INDEX_SCHEMA)]).sort_by("uri")
     held = set(table["uri"].to_pylist())
     for image, facts in manifest["quarantined"].items():
         if image not in held:
             quarantined.setdefault(image, facts)
     data = parquet_bytes(table)
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"index-{digest[:16]}.parquet"
+    facts = file_facts(data)
+    name = f"index-{str(facts['sha256'])[:16]}.parquet"
     storage.write_bytes(storage.join(uri, name), data)
     files = {shard: facts_of[shard] for shard in sorted(set(table["shard"].to_pylist()))}
     total = sum(facts["bytes"] for facts in files.values())
-    files[name] = {"bytes": len(data), "sha256": digest}
+    files[name] = facts
     description = (
         asdict(key)
         | shape

@@ -6,7 +6,7 @@ A store holds, for one encoder, preprocessing and precision (`FeatureKey`):
     index-DIGEST.parquet     per image: id, URI, what its file looked like, SHA-256, shard and row
     shard-DIGEST.arrow       Arrow IPC: image ids and their features, a tensor column [P, W]
 
-Files are only added, under names that tell their content, so jobs that read a store are not
+Files are only added, under names taken from their bytes, so jobs that read a store are not
 disturbed by one that adds to it.
 """
 
@@ -119,8 +119,10 @@ class StoredFeatures:
         target = storage.join(self.cache, shard)
         with self._cache_faults():
             os.makedirs(self.cache, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not os.path.exists(target):
+            lock = FileLock(f"{target}.lock")
+            lock.acquire()
+        try:
+            if not os.path.exists(target) or os.path.getsize(target) != self.files[shard]["bytes"]:
                 data = storage.read_bytes(storage.join(self.uri, shard))
                 if hashlib.sha256(data).hexdigest() != self.files[shard]["sha256"]:
                     raise InputError(
@@ -129,6 +131,8 @@ class StoredFeatures:
                     )
                 with self._cache_faults():
                     storage.write_bytes(target, data)
+        finally:
+            lock.release()
         return target
 
     @contextmanager

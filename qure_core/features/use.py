@@ -24,46 +24,45 @@ def usable_store(
         return None
     key = feature_key(checkpoint, settings.model.vision_precision)
     uri = key.uri(settings.feature_store.dir)
-    if storage.is_committed(uri):
-        fault = _fault(uri, images)
-    else:
-        fault = f"there is none of this encoder, preprocessing and precision ({uri})"
+    fault, touched = _check(uri, images)
+    if settings.features == "build" and (fault or touched):
+        build_store(settings, plan, EncoderSource(checkpoint), key, images, wait=True)
+        fault, _ = _check(uri, images)
     if fault is None:
         return uri
-    if settings.features == "build":
-        build_store(settings, plan, EncoderSource(checkpoint), key, images, wait=True)
-        fault = _fault(uri, images)
-        if fault is None:
-            return uri
     if settings.features == "auto":
-        if storage.is_committed(uri):
+        if storage.list_names(settings.feature_store.dir):
             print(f"[features] computed, not read from {uri}: {fault}", flush=True)
         return None
     raise InputError(
-        f"features: {settings.features}, but the feature store cannot be used: {fault}. Run "
-        f"python pipelines/embed.py --checkpoint {checkpoint} with the same settings, or set "
-        "--features auto to compute what is needed"
+        f"features: {settings.features}, but the feature store cannot be used: {fault}. "
+        f"Once the images are in order, python pipelines/embed.py --checkpoint {checkpoint} with "
+        "the same settings fills it; --features auto computes what is needed"
     )
 
 
-def _fault(uri: str, images: dict[str, str]) -> str | None:
-    """Why a store cannot serve ``images``, or None if it can."""
+def _check(uri: str, images: dict[str, str]) -> tuple[str | None, bool]:
+    """Why a store cannot serve ``images``, or None; and whether files were touched since."""
+    if not storage.is_committed(uri):
+        return f"there is none of this encoder, preprocessing and precision ({uri})", False
     manifest = storage.read_json(storage.join(uri, storage.MANIFEST))
     if lost := sorted(storage.faults(uri, manifest)):
-        return f"{len(lost):,} of its files are missing or cut short, first {lost[0]}"
+        return f"{len(lost):,} of its files are missing or cut short, first {lost[0]}", False
     store = FeatureStore(uri, manifest)
-    rows = store.index(images.values()).to_pylist()
-    held = {row["uri"]: row for row in rows}
+    held = {row["uri"]: row for row in store.index(images.values()).to_pylist()}
     quarantined = manifest["quarantined"]
-    lacking = sorted(set(images.values()) - set(held))
-    if lacking:
+    if lacking := sorted(set(images.values()) - set(held)):
         named = [image for image in lacking if image in quarantined]
         first = quarantined[named[0]]["fault"] if named else lacking[0]
-        return f"it lacks {len(lacking):,} of {len(held) + len(lacking):,} images, first {first}"
+        count = f"{len(lacking):,} of {len(held) + len(lacking):,} images"
+        return f"it lacks {count}, first {first}", False
     stamps = storage.stamps(held)
-    suspects = [image for image, row in held.items() if stamps.get(image) != row["stamp"]]
-    present = image_digests(image for image in suspects if image in stamps)
-    changed = [image for image in suspects if present.get(image) != held[image]["sha256"]]
+    if missing := sorted(set(held) - set(stamps)):
+        return f"{len(missing):,} image file(s) are missing, first {missing[0]}", False
+    touched = [image for image, row in held.items() if stamps[image] != row["stamp"]]
+    present = image_digests(touched)
+    changed = [image for image in touched if present.get(image) != held[image]["sha256"]]
     if changed:
-        return f"{len(changed):,} image(s) changed since they were encoded, first {min(changed)}"
-    return None
+        text = f"{len(changed):,} image(s) changed since they were encoded, first {min(changed)}"
+        return text, True
+    return None, bool(touched)

@@ -191,6 +191,7 @@ def train_segment(segment: Segment) -> None:
                 _print_progress(segment, task, epoch, done, steps, meter)
 
         sums, counts = optimisation.epoch(steps, seed_of, meter, progress)
+        speed, measured = meter.line(), meter.facts()  # before the checkpoint is written
         losses = [value / count for value, count in zip(sums, counts, strict=True)]
         _check_finite(losses, segment.stage, epoch)
         facts: dict[str, Any] = {
@@ -200,7 +201,7 @@ def train_segment(segment: Segment) -> None:
             "lr": rate,
             "temperature": float(model.temperature.detach()),
             "samples": sum(counts),
-            **meter.facts(),
+            **measured,
             "features": "stored" if segment.features else "computed",
             "negatives": "captions"
             if segment.stage == "pretrain"
@@ -222,7 +223,7 @@ def train_segment(segment: Segment) -> None:
             )
             print(
                 f"[{segment.stage}] epoch {epoch + 1}/{task.epochs}: loss {facts['loss']:.4f}, "
-                f"lr {rate:.2e}, temperature {facts['temperature']:.4f}, {meter.line()}",
+                f"lr {rate:.2e}, temperature {facts['temperature']:.4f}, {speed}",
                 flush=True,
             )
         ray.train.report({"epoch": epoch + 1, "loss": facts["loss"]})

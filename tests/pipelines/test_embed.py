@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -69,14 +70,11 @@ def test_a_full_disk_and_a_kill_lose_nothing(
 
     def shards() -> dict[str, int]:
         """Shards that are finished, and when they were written."""
-        records = [path.stem.split("-")[1] for path in disk.glob("*/record-*.json")]
-        found = [*disk.glob("*/shard-*.arrow")]
-        finished = bool([*disk.glob("*/manifest.json")])
-        return {
-            path.name: path.stat().st_mtime_ns
-            for path in found
-            if finished or path.stem.split("-")[1] in records
-        }
+        if [*disk.glob("*/manifest.json")]:
+            return {path.name: path.stat().st_mtime_ns for path in disk.glob("*/shard-*.arrow")}
+        records = [json.loads(path.read_text()) for path in disk.glob("*/record-*.json")]
+        (store,) = disk.iterdir()
+        return {r["shard"]: (store / r["shard"]).stat().st_mtime_ns for r in records}
 
     full = run()
     assert full.returncode == 2, full.stdout + full.stderr

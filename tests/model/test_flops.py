@@ -1,0 +1,44 @@
+"""Counted floating-point operations against torch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from qure_core.model import QuReModel, preset
+from qure_core.model.flops import encoder_flops, step_flops, vision_tokens
+from qure_core.objectives import bradley_terry_losses
+
+
+@pytest.mark.parametrize(("answers", "queries", "length"), [(6, 3, 8), (10, 7, 16)])
+def test_a_step(answers: int, queries: int, length: int) -> None:
+    model = QuReModel(preset("tiny", vocabulary_size=80, dropout=0.0))
+    config = model.config
+    model.vision_encoder = nn.Identity()
+    vision = torch.randn(answers + queries, vision_tokens(config), config.vision["hidden_size"])
+    rows = torch.arange(queries)
+    # The counter does not see inside the fused attention of a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        scores = model(
+            vision=vision,
+            reference_B=rows + answers,
+            answer_A=torch.arange(answers),
+            target_B=rows % answers,
+            negative_B=(rows + 1) % answers,
+            input_ids=torch.ones(queries, length, dtype=torch.long),
+            attention_mask=torch.ones(queries, length, dtype=torch.long),
+        )
+        bradley_terry_losses(scores).mean().backward()
+    ours = step_flops(config, answers, queries, length)
+    assert counter.get_total_flops() == pytest.approx(ours, rel=0.03)
+
+
+def test_the_encoder() -> None:
+    model = QuReModel(preset("tiny", vocabulary_size=80)).eval()
+    kernel = sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), kernel, FlopCounterMode(display=False) as counter:
+        model.encode_vision(torch.randn(2, 3, 64, 64))
+    assert counter.get_total_flops() == 2 * encoder_flops(model.config)
