@@ -186,9 +186,10 @@ def measure_step(batch: int, steps: int, dropout: float = 0.0) -> dict[str, floa
     pixels = torch.randn(3 * batch, 3, 224, 224, generator=generator)
     own = batch_of(Memory("pixel_values", pixels), processor, batch)
     inputs = dict(own.inputs)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     theirs, their_losses = take_released_steps(model, own, steps)
-    their_memory = peak_memory_mb(DEVICE)
+    # A CPU's figure is of the whole process, so it cannot tell the two ways apart.
+    their_memory = peak_memory_mb(DEVICE) if DEVICE.type == "cuda" else 0.0
     model.load_state_dict(state)
     model.zero_grad()
     encoder = model.vision_encoder.eval()
@@ -212,7 +213,7 @@ def measure_step(batch: int, steps: int, dropout: float = 0.0) -> dict[str, floa
         "released_flops": 3 * batch * encoder_flops(model.config) + flops,
         "peak": matrix_product_rate(DEVICE, DTYPE or torch.float32),
         "released_memory": their_memory,
-        "memory": peak_memory_mb(DEVICE),
+        "memory": peak_memory_mb(DEVICE) if DEVICE.type == "cuda" else 0.0,
     }
 
 
@@ -227,7 +228,7 @@ def step(batch: int, steps: int) -> None:
             print(
                 f"  {name:<16} {seconds:8.3f} s a step, {batch / seconds:8.2f} samples/s, "
                 f"{flops / seconds / 1e9:8.0f} GFLOP/s ({flops / seconds / got['peak']:.0%} of a "
-                f"matrix product's), peak memory {memory:,.0f} MB"
+                f"matrix product's)" + (f", peak memory {memory:,.0f} MB" if memory else "")
             )
         print(
             f"  released / stored: {got['released'] / got['ours']:.2f} x (target: at least "

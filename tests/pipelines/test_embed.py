@@ -17,8 +17,8 @@ import torch
 from conftest import ROOT, Runner
 
 from qure_core.config import DataSettings
-from qure_core.data import load_split
 from qure_core.data.images import load_image
+from qure_core.data.sources import read_source
 from qure_core.features.store import StoredFeatures
 from qure_core.model import build_model, encode_frozen, learn_tokenizer
 from qure_core.training.checkpoints import save_checkpoint
@@ -51,12 +51,17 @@ def test_a_full_disk_and_a_kill_lose_nothing(
     world: Path, small_disk: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     prefix, disk = small_disk
+    # A gallery names an image that is not there: no reason not to encode the others.
+    data = DataSettings(root=str(tmp_path / "data"))
+    shutil.copytree(world, data.root)
+    names = min(Path(data.root, "image_splits").glob("split.*.val.json"))
+    names.write_text(json.dumps([*json.loads(names.read_text()), "ghost"]))
     model, processor = build_model("tiny", learn_tokenizer(["a red dress"], 80), 0.1, seed=5)
     checkpoint = tmp_path / "train-0000"
     model.eval()
     save_checkpoint(str(checkpoint), model, processor, {"stage": "train", "epoch": 0})
     options = [
-        f"--data.root={world}",
+        f"--data.root={data.root}",
         f"--checkpoint={checkpoint}",
         f"--run.dir={tmp_path}/run",
         "--feature_store.shard_images=8",
@@ -101,12 +106,12 @@ def test_a_full_disk_and_a_kill_lose_nothing(
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "were encoded by an earlier attempt" in done.stdout
-    assert "quarantined                     0" in done.stdout
+    assert "quarantined                     1" in done.stdout
+    assert "image 'ghost' is missing" in done.stdout
     last = shards()
     for before in (first, second):
         assert {name: last[name] for name in before} == before, "a shard was written again"
-    data = DataSettings(root=str(world))
-    images = load_split(data, "train").images | load_split(data, "val").images
+    images = read_source(data, "train")[0].images | read_source(data, "val")[0].images
     (store,) = disk.iterdir()
     stored = StoredFeatures(str(store), images, "/nonexistent")
     assert len(stored) == len(images)
