@@ -82,15 +82,26 @@ class QuReProcessor:
 def learn_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
     """A BERT WordPiece tokenizer learned from ``texts``, for models that start from nothing.
 
-    The same texts in the same order give the same vocabulary.
+    The same texts give the same vocabulary.
     """
+    cleaned = [clean_text(text) for text in texts]
     wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    wordpiece.normalizer = BertNormalizer(lowercase=True)
-    wordpiece.pre_tokenizer = BertPreTokenizer()
+    wordpiece.normalizer = normalizer = BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = splitter = BertPreTokenizer()
+    # The trainer numbers continuing letters as it meets them, in the order of a randomly seeded
+    # hash table, and equally frequent pairs by those numbers: it is given the letters in order.
+    letters = {
+        letter
+        for text in cleaned
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
+        for letter in word[1:]
+    }
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary_size, special_tokens=SPECIAL_TOKENS, show_progress=False
+        vocab_size=vocabulary_size,
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in sorted(letters))],
+        show_progress=False,
     )
-    wordpiece.train_from_iterator((clean_text(text) for text in texts), trainer)
+    wordpiece.train_from_iterator(cleaned, trainer)
     return with_decoder_token(BertTokenizer(vocab=wordpiece.get_vocab()))
 
 

@@ -332,6 +332,16 @@ def test_qformer_filled_from_a_blip2_directory(tmp_path: Path) -> None:
             assert torch.equal(value, before[name]), name
 
 
+def test_a_learned_vocabulary_is_the_same_every_time() -> None:
+    """Its library numbers pieces by a randomly seeded table, which differs within a process too."""
+    texts = [f"{a} {b} {c}ish" for a in ("red", "striped", "Élan") for b in "xyz" for c in TEXTS]
+    vocabularies = [learn_tokenizer(texts, 60).get_vocab() for _ in range(8)]
+    assert all(other == vocabularies[0] for other in vocabularies)
+    assert learn_tokenizer(texts[::-1], 60).get_vocab() == vocabularies[0]
+    assert len(vocabularies[0]) == 61
+    assert any(piece.startswith("##") and len(piece) > 3 for piece in vocabularies[0])
+
+
 @pytest.mark.parametrize("name", ["model_tiny.pth", "model_eva_tiny.pth"])
 def test_convert_writes_what_from_pretrained_reads(name: str, tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer"
