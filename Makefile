@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: train test clean
+.PHONY: train test audit clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,7 +24,14 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -n 2 --dist loadfile
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Known vulnerabilities of what is installed; asks the advisory databases, so it needs the internet,
+# and fails for what they do not answer. A build for one device (2.13.0+cu130) goes by its version.
+audit: $(VENV)/.installed-test
+	$(VENV)/bin/pip install --quiet --editable ".[audit]"
+	$(VENV)/bin/pip list --format=freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt
+	$(VENV)/bin/pip-audit --strict --disable-pip --no-deps -r $(VENV)/audited.txt
 
 clean:
 	rm -rf $(VENV) build *.egg-info

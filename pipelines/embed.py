@@ -20,6 +20,8 @@ from qure_core.data.sources import read_source
 from qure_core.errors import InputError, raise_problems, run_main
 from qure_core.features.build import EncoderSource, build_store, prune_store
 from qure_core.features.identity import FeatureKey, feature_key
+from qure_core.lease import hold
+from qure_core.monitor import monitored
 from qure_core.resources import connect, plan_resources
 from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
 
@@ -98,9 +100,15 @@ def main() -> None:
     source, key = choose_encoder(settings, checkpoint)
     uri = key.uri(settings.feature_store.dir)
     storage.check_writable(settings.feature_store.dir, "feature_store.dir")
-    connect()
-    plan = plan_resources(settings.cluster)
-    manifest = build_store(settings, plan, source, key, images, absent=absent)
+    stores, name = uri.rsplit("/", 1)
+    with (
+        # Of its own: the store's is held for the build alone.
+        hold(stores, "embedding", name),
+        monitored(f"{uri}.events.jsonl", "embedding", settings.resolved()),
+    ):
+        connect()
+        plan = plan_resources(settings.cluster)
+        manifest = build_store(settings, plan, source, key, images, absent=absent)
     if chosen.prune:
         print(f"[embed] removed {prune_store(uri):,} file(s) that nothing refers to")
     print(describe(uri, manifest), flush=True)

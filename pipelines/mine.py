@@ -21,6 +21,7 @@ from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.errors import InputError, run_main
 from qure_core.mining.mined_set import MINED_KIND
 from qure_core.mining.stage import hold_round, mine_round, round_facts, round_table
+from qure_core.monitor import monitored
 from qure_core.resources import connect, plan_resources
 from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
 from qure_core.training.layout import round_uri
@@ -67,10 +68,12 @@ def mine(arguments: list[str]) -> None:
     if chosen.if_newer and storage.kept(output, MINED_KIND, facts):
         print(f"nothing to do: {checkpoint} is mined already\nmined set: {output}", flush=True)
         return
-    with hold_round(output) as lease:
+    events = f"{output}.events.jsonl"
+    with hold_round(output) as lease, monitored(events, "mining", settings.resolved()) as monitor:
         connect()
         plan = plan_resources(settings.cluster)
         manifest = mine_round(settings, plan, checkpoint, split, corpora, output, epoch, lease)
+        monitor.event("mined", epoch=epoch, uri=output, **manifest["statistics"])
     print(round_table(manifest))
     print(f"mined set: {output}", flush=True)
 

@@ -12,6 +12,7 @@ import getpass
 import tempfile
 from collections.abc import Sequence
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -80,11 +81,11 @@ class ModelSettings(_Section):
     pretrained: str | None = Field(
         None,
         description="weights to fine-tune: a directory saved by this project, or a Hugging Face "
-        "BLIP-2 image-text-retrieval model as a directory or a hub id; skips pretraining",
+        "BLIP-2 image-text-retrieval model; as a path, a URI or a hub id; skips pretraining",
     )
     tokenizer: str | None = Field(
         None,
-        description="BERT tokenizer as a directory or a hub id, e.g. bert-base-uncased "
+        description="BERT tokenizer as a path, a URI or a hub id, e.g. bert-base-uncased "
         "(default: the one beside the weights, else a WordPiece vocabulary of the training text)",
     )
     vocabulary_size: int = Field(
@@ -227,6 +228,9 @@ class ClusterSettings(_Section):
         512, ge=0, description="preprocessed images a training worker keeps in memory, MB"
     )
     max_failures: int = Field(2, ge=0, description="training worker failures survived per stage")
+    scale_up_seconds: int = Field(
+        0, ge=0, description="how long to wait for nodes that an autoscaler still has to start"
+    )
 
 
 class FeatureStoreSettings(_Section):
@@ -242,6 +246,16 @@ class FeatureStoreSettings(_Section):
 
 class ReportSettings(_Section):
     examples: int = Field(6, ge=0, le=100, description="example queries shown in the report")
+
+
+class TrackingSettings(_Section):
+    backend: Literal["none", "mlflow", "wandb"] = Field(
+        "none", description="also send settings and metrics there, through its own client"
+    )
+    project: str = Field("qure", description="MLflow experiment or Weights & Biases project")
+    uri: str | None = Field(
+        None, description="MLflow tracking server (default: MLFLOW_TRACKING_URI, else MLflow's own)"
+    )
 
 
 class Settings(BaseSettings):
@@ -267,6 +281,7 @@ class Settings(BaseSettings):
     )
     feature_store: FeatureStoreSettings = FeatureStoreSettings()
     report: ReportSettings = ReportSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -343,6 +358,20 @@ def _messages(error: ValidationError) -> list[str]:
     return lines
 
 
+def _credentials(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that hold a user's name or password; what is wrong is told without the value."""
+    lines: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += _credentials(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and "@" in urlsplit(value).netloc:
+            lines.append(
+                f"{prefix}{name}: holds credentials, which config.yaml and logs would show; give "
+                "them in the environment (AWS_*, MLFLOW_TRACKING_URI, ...)"
+            )
+    return lines
+
+
 def load_settings(
     arguments: Sequence[str],
     prog: str,
@@ -383,6 +412,7 @@ def load_settings(
         settings = Settings(**_merge(from_file, from_command_line))
     except ValidationError as error:
         lines += _messages(error)
+    lines += _credentials(settings.resolved() if settings else {})
     if lines or settings is None:
         where = f" in {namespace.config} and the command line" if namespace.config else ""
         raise InputError(

@@ -53,12 +53,17 @@ class _Embedder:
         cluster = self.settings.cluster
         torch.set_num_threads(cluster.cpus_per_embed_actor)
         self.device = granted_device()
-        directory = storage.local_directory(checkpoint, CHECKPOINT_KIND, verify=True)
-        model, self.processor = load_model(str(directory))
-        self.model = model.eval().to(self.device)
         self.batch = cluster.embed_batch
         self.encode = encode_frozen
         self.pool = ThreadPoolExecutor(cluster.decode_threads)
+        self.fault = ""
+        try:
+            storage.read_manifest(checkpoint, CHECKPOINT_KIND)  # it is one, and finished
+            model, self.processor = load_model(checkpoint)
+        except InputError as error:
+            self.fault = str(error)  # said by the first call, as any other bad input
+            return
+        self.model = model.eval().to(self.device)
 
     def _features(self, images: dict[str, str]) -> Iterator[torch.Tensor]:
         """Features [B, P, W] of the images (URIs by id), batch by batch: stored, or computed."""
@@ -87,6 +92,8 @@ class _Embedder:
         assert len(rows["shard"]) == 1, "one shard a call"
         shard = {key: value[0] for key, value in rows.items()}
         try:
+            if self.fault:
+                raise InputError(self.fault)
             result = self._embed(shard) | {"fault": ""}
         except InputError as error:
             # As data: an exception would reach the driver as Ray's own, its cause as text.

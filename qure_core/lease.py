@@ -105,7 +105,11 @@ def _outlast(uri: str, data: bytes) -> None:
         raise _busy(uri, holder)
     while time.monotonic() < end:
         time.sleep(min(1.0, BEAT / 5))
+        asked = time.monotonic()
         now = _read(uri)
+        if time.monotonic() - asked > BEAT:
+            # The storage was away, from the holder too: silence counts from now.
+            end = time.monotonic() + PATIENCE
         if now is None:
             return  # given back
         if now != data:
@@ -119,7 +123,9 @@ def _take(uri: str, content: dict[str, Any]) -> None:
         found = _read(uri)
         if found is not None:
             _outlast(uri, found)
-        if storage.create(uri, json.dumps(content).encode()):
+        made = storage.create(uri, json.dumps(content).encode())
+        # If the answer was lost, what was asked again for is there already: one's own.
+        if made or _parse(_read(uri)).get("token") == content["token"]:
             # Two that saw the same silence may both come here; the file says who stays.
             time.sleep(0.2)
             if _parse(_read(uri)).get("token") == content["token"]:
@@ -170,7 +176,10 @@ def hold(
                     return
                 content["beat"] += 1
                 storage.write_json(uri, content)
-            except OSError as error:  # a storage's bad moment: the next beat may do
+            except Exception as error:  # a storage's bad moment: the next beat may do
+                if storage.fault(error) is None and not isinstance(error, OSError):
+                    lease.lost.set()  # nothing renews it from now on
+                    raise
                 print(f"[{what}] cannot renew {uri}: {error}", flush=True)
 
     thread = threading.Thread(target=beat, name="lease", daemon=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +31,14 @@ def write_parquet_parts(uri: str, tables: Iterable[pa.Table], schema: pa.Schema)
             for table in tables:
                 writer.write_table(table)
         storage.put_file(file, uri)
+
+
+def read_committed_parquet(
+    uri: str, name: str, manifest: dict[str, Any], columns: list[str] | None = None
+) -> pa.Table:
+    """A table of a committed directory; `InputError` if its bytes are not those committed."""
+    data = storage.read_committed(uri, name, manifest)
+    return pq.read_table(io.BytesIO(data), columns=columns)
 
 
 def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:

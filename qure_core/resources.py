@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+import os
+import socket
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
 import torch
+from ray.autoscaler.sdk import request_resources
 
 from qure_core.config import ClusterSettings
 from qure_core.errors import InputError
@@ -20,10 +27,27 @@ def connect() -> None:
     if not ray.is_initialized():
         # A dashboard port of its own: on the usual one, a short-lived in-process Ray would pass
         # for a cluster that jobs can be submitted to.
-        ray.init(logging_level=logging.WARNING, dashboard_port=free_port())
+        ray.init(_address(), logging_level=logging.WARNING, dashboard_port=free_port())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stages print their own
+    context.raise_original_map_exception = True  # Ray's wrapping loses what it was raised from
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _address() -> str | None:
+    """Where to connect to: Ray's own choice, unless that is a cluster that is gone.
+
+    A Ray that was killed leaves its address behind, and `ray.init` would wait for it for ever.
+    """
+    record = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    if "RAY_ADDRESS" in os.environ or not record.exists():
+        return None
+    host, _, port = record.read_text().strip().rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return "local"
+    return None
 
 
 @dataclass(frozen=True)
@@ -43,37 +67,81 @@ def granted_device() -> torch.device:
     return torch.device("cuda" if granted and torch.cuda.is_available() else "cpu")
 
 
+@dataclass(frozen=True)
+class _Need:
+    """Workers that a stage starts at once, each on one node."""
+
+    setting: str
+    count: int
+    cpus: int
+    gpus: int
+
+    @property
+    def bundle(self) -> dict[str, int]:
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+    def room(self) -> int:
+        """How many of them the nodes that live can hold."""
+        return sum(
+            min(int(node["Resources"].get(kind, 0) // each) for kind, each in self.bundle.items())
+            for node in ray.nodes()
+            if node["Alive"]
+        )
+
+    def shortage(self) -> str | None:
+        if (room := self.room()) >= self.count:
+            return None
+        each = " and ".join(f"{count} {kind}(s)" for kind, count in self.bundle.items())
+        return f"{self.setting}={self.count} with {each} each, but the nodes have room for {room}"
+
+
+def _needs(cluster: ClusterSettings, gpus: int) -> list[_Need]:
+    return [
+        _Need("cluster.train_workers", cluster.train_workers, cluster.cpus_per_train_worker, gpus),
+        _Need("cluster.embed_actors", cluster.embed_actors, cluster.cpus_per_embed_actor, gpus),
+    ]
+
+
+def _shortages(needs: list[_Need]) -> list[str]:
+    return [shortage for need in needs if (shortage := need.shortage())]
+
+
+def _scale_up(needs: list[_Need], seconds: int) -> None:
+    """Ask the autoscaler for what the largest stage needs, and wait for it to come."""
+    if not _shortages(needs):
+        return
+    # The stages run one after another: what holds the largest worker as often as the longest list.
+    cpus, count = max(need.cpus for need in needs), max(need.count for need in needs)
+    request_resources(bundles=[replace(needs[0], cpus=cpus).bundle] * count)
+    began, said = time.monotonic(), -math.inf
+    try:
+        while (shortages := _shortages(needs)) and time.monotonic() - began < seconds:
+            if time.monotonic() - said >= 30:
+                said = time.monotonic()
+                print(f"[cluster] waiting for nodes: {'; '.join(shortages)}", flush=True)
+            time.sleep(2)
+    finally:
+        request_resources(bundles=[])  # what is idle long enough may go again
+
+
 def plan_resources(cluster: ClusterSettings) -> Plan:
-    """Settle GPU use and check every stage against the cluster's total resources.
+    """Settle GPU use and check that the nodes can hold the workers of every stage.
 
     Ray waits for ever for resources that no node has, so a plan that cannot start is an
     `InputError` here.
     """
+    if cluster.scale_up_seconds:
+        asked = cluster.gpus if isinstance(cluster.gpus, int) else 0
+        _scale_up(_needs(cluster, asked), cluster.scale_up_seconds)
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
     each = {"auto": min(gpus, 1), "none": 0}.get(str(cluster.gpus))
     per_worker = int(cluster.gpus) if each is None else each
-    needs = [
-        ("cluster.train_workers", cluster.train_workers, cluster.cpus_per_train_worker),
-        ("cluster.embed_actors", cluster.embed_actors, cluster.cpus_per_embed_actor),
-    ]
-    faults = []
-    for setting, count, cpus_each in needs:
-        if count * cpus_each > cpus:
-            faults.append(
-                f"{setting}={count} with {cpus_each} CPU(s) each need {count * cpus_each} CPUs, "
-                f"but the cluster has {cpus}"
-            )
-        if count * per_worker > gpus:
-            faults.append(
-                f"{setting}={count} with {per_worker} GPU(s) each need {count * per_worker} GPUs, "
-                f"but the cluster has {gpus}"
-            )
-    if faults:
+    if shortages := _shortages(_needs(cluster, per_worker)):
         raise InputError(
             "the cluster is too small:\n"
-            + "\n".join(f"  {fault}" for fault in faults)
-            + "\nlower these settings or add nodes"
+            + "\n".join(f"  {shortage}" for shortage in shortages)
+            + "\nlower these settings, or add nodes, or larger ones"
         )
     return Plan(
         gpus=per_worker,

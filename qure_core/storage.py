@@ -10,23 +10,26 @@ the directory is also renamed into place.
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow.fs
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from qure_core.errors import InputError
+from qure_core import object_storage
+from qure_core.errors import InputError, chain
 
 MANIFEST = "manifest.json"
 # What listings call an entity tag or the time of the last change, on one store or another.
@@ -34,12 +37,31 @@ _CHANGE_MARKS = (
     *("ETag", "etag", "generation", "LastModified", "last_modified", "updated", "mtime"),
     "created",
 )
+_S3 = ("s3://", "s3a://")
+# What a disk says that is full or forbidden, or that fails, as those of s3fs do whose cause was
+# lost on the way from another node.
+_DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_DISK_FAILS = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.EBUSY, errno.EREMOTEIO),
+}
 PLAN = "plan.json"  # what an unfinished directory is being filled with
+
+
+def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
+    """For libraries that write with Arrow: the file system of ``uri`` and the path within it.
+
+    None where Arrow finds the right one by the URI itself.
+    """
+    if not uri.startswith(_S3):
+        return None, uri
+    return object_storage.arrow_filesystem(), uri.split("://", 1)[1]
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of ``uri`` and the path within it."""
-    fs, path = url_to_fs(uri)
+    fs, path = url_to_fs(uri, **(object_storage.options() if uri.startswith(_S3) else {}))
+    if uri.startswith(_S3):
+        fs.retries = object_storage.ATTEMPTS
     return fs, path
 
 
@@ -83,9 +105,13 @@ def list_names(uri: str) -> list[str]:
     return names
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, limit: int | None = None) -> bytes:
+    """The content of a file, or its first ``limit`` bytes."""
     fs, path = filesystem(uri)
-    return bytes(fs.cat_file(path))
+    if limit is None:
+        return bytes(fs.cat_file(path))
+    with fs.open(path, "rb") as file:
+        return bytes(file.read(limit))
 
 
 def read_json(uri: str) -> Any:
@@ -203,18 +229,57 @@ def check_writable(uri: str, setting: str) -> None:
     try:
         write_bytes(probe, b"")
         remove(probe)
-    except OSError as error:
+    except Exception as error:
+        if (reason := fault(error)) is None and not isinstance(error, OSError):
+            raise
         raise InputError(
-            f"{setting}: cannot write to {uri} ({error.strerror or error}); "
+            f"{setting}: cannot write to {uri} ({reason or error}); "
             f"choose a directory you may write to, e.g. --{setting} /path/to/runs/name"
         ) from None
+
+
+def fault(error: BaseException) -> str | None:
+    """What a storage's error, or the one that Ray brought from a node, says; None if not one."""
+    links = list(chain(error))
+    # What the store itself said tells more than what s3fs made of it.
+    for link in links:
+        if text := object_storage.describe(link):
+            return text
+    for link in links:
+        if isinstance(link, OSError) and (is_refused(link) or _fails(link)):
+            return f"{link.strerror}: {link.filename}" if link.filename else str(link)
+    return None
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether a storage is full or does not let this be written or read."""
+    # s3fs's PermissionError has no number.
+    return isinstance(error, PermissionError) or (
+        isinstance(error, OSError) and error.errno in _DISK_REFUSES
+    )
+
+
+def _fails(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _DISK_FAILS
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the storage, not one of its files, is what failed."""
+    return any(object_storage.describe(link) or _fails(link) for link in chain(error))
 
 
 def remove(uri: str) -> None:
     """Remove a file or a whole directory; nothing happens if it does not exist."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
+    if fs.isfile(path):
+        with suppress(FileNotFoundError):
+            fs.rm_file(path)
+    elif fs.exists(path):
         fs.rm(path, recursive=True)
+        fs.invalidate_cache(path)
+        # Of many objects deleted at once, s3fs does not tell which were refused.
+        if any(found["type"] == "file" for found in fs.find(path, detail=True).values()):
+            raise OSError(errno.EIO, "the storage did not remove all of it", uri)
 
 
 def file_digest(path: str | Path) -> str:
@@ -257,6 +322,7 @@ def committed_directory(uri: str, kind: str) -> Iterator[tuple[Path, dict[str, A
             remove(uri)
             os.replace(staging, path)
         else:
+            remove(join(uri, MANIFEST))  # first: what is left without it counts for nothing
             remove(uri)
             for name in names:
                 fs.put_file(str(staging / name), join(path, name))
@@ -352,20 +418,54 @@ def read_manifest(uri: str, kind: str) -> dict[str, Any]:
     return manifest
 
 
+def _damaged(uri: str, name: str) -> InputError:
+    return InputError(
+        f"{join(uri, name)}: content differs from its manifest's SHA-256; the file is damaged. "
+        f"Remove {uri} and run the stage again"
+    )
+
+
+def read_committed(uri: str, name: str, manifest: dict[str, Any]) -> bytes:
+    """The bytes of a file of a committed directory, checked against the manifest's SHA-256."""
+    data = read_bytes(join(uri, name))
+    if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
+        raise _damaged(uri, name)
+    return data
+
+
 @lru_cache(maxsize=64)
 def _download(uri: str, manifest_digest: str) -> str:
-    """Fetch a remote directory once per process and content."""
+    """Fetch a remote directory, or a single file, once per process and content."""
     fs, path = filesystem(uri)
     target = tempfile.mkdtemp(prefix="qure-fetched-")
     atexit.register(shutil.rmtree, target, ignore_errors=True)
+    if fs.isfile(path):
+        file = os.path.join(target, os.path.basename(path))
+        fs.get_file(path, file)
+        return file
     fs.get(path.rstrip("/") + "/", target + "/", recursive=True)
     return target
 
 
-def local_directory(uri: str, kind: str, verify: bool = False) -> Path:
+def local_copy(source: str) -> str:
+    """A local path of ``source``, which is fetched if it is a URI.
+
+    A path, or a name that is no URI (of a model hub), is returned as it is. A committed directory
+    is checked against its manifest.
+    """
+    if is_committed(source):
+        return str(local_directory(source, read_json(join(source, MANIFEST))["kind"], verify=True))
+    if "://" not in source:
+        return source
+    if not exists(source):
+        raise InputError(f"{source}: no such file or directory")
+    return filesystem(source)[1] if is_local(source) else _download(source, "")
+
+
+def local_directory(uri: str, kind: str, verify: bool | Collection[str] = False) -> Path:
     """Return a local directory with the content of committed ``uri``, fetching it if remote.
 
-    ``verify`` checks every file's SHA-256 against the manifest.
+    ``verify`` checks the SHA-256 of every file, or of those it names, against the manifest.
     """
     manifest = read_manifest(uri, kind)
     fs, path = filesystem(uri)
@@ -374,11 +474,8 @@ def local_directory(uri: str, kind: str, verify: bool = False) -> Path:
     else:
         digest = hashlib.sha256(read_bytes(join(uri, MANIFEST))).hexdigest()
         directory = Path(_download(uri, digest))
-    if verify:
-        for name, facts in manifest["files"].items():
-            if file_digest(directory / name) != facts["sha256"]:
-                raise InputError(
-                    f"{join(uri, name)}: content differs from its manifest's SHA-256; "
-                    f"the file is damaged. Remove {uri} and run the stage again"
-                )
+    for name, facts in manifest["files"].items():
+        checked = verify if isinstance(verify, bool) else name in verify
+        if checked and file_digest(directory / name) != facts["sha256"]:
+            raise _damaged(uri, name)
     return directory

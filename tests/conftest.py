@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,18 +24,16 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_ADDRESS"] = "local"
 
 
+# Of two test processes, each taking whole files, one makes the finished run in the first file while
+# the other needs none of it; the next longest follow, so that none is left alone at the end.
+FIRST = [
+    *("test_run.py", "test_object_storage.py", "test_whole_job.py", "test_evaluate.py"),
+    *("test_faults.py", "test_bad_input.py", "test_damage.py"),
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that makes the finished run goes first, and others that look at it go last.
-
-    Of parallel test processes, each taking whole files, one then makes it and none waits for it.
-    """
-
-    def turn(item: pytest.Item) -> int:
-        if "finished" not in getattr(item, "fixturenames", ()):
-            return 1
-        return 0 if item.path.name == "test_run.py" else 2
-
-    items.sort(key=turn)
+    items.sort(key=lambda item: [*FIRST, item.path.name].index(item.path.name))
 
 
 @pytest.fixture(scope="session")
@@ -136,3 +137,42 @@ def annotations() -> Path:
     if not folder.is_dir():
         pytest.skip("the real annotation files are not here; set QURE_ANNOTATIONS to their folder")
     return folder
+
+
+SmallDisk = Callable[[str], tuple[list[str], Path]]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """Makes a file system of a size: (a command prefix under which ``tmp_path / "disk"`` is one,
+    and the path by which this process sees it)."""
+    if not shutil.which("unshare") or not shutil.which("nsenter"):
+        pytest.skip("needs util-linux")
+    holders = []
+
+    def mount(size: str) -> tuple[list[str], Path]:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        script = f"mount -t tmpfs -o size={size} tmpfs {disk} && echo mounted && exec sleep 900"
+        holder = subprocess.Popen(
+            ["unshare", "-rm", "sh", "-c", script], stdout=subprocess.PIPE, text=True
+        )
+        holders.append(holder)
+        assert holder.stdout is not None
+        if holder.stdout.readline().strip() != "mounted":
+            pytest.skip("this machine does not let users mount a file system of their own")
+        prefix = ["nsenter", "--preserve-credentials", "-U", "-m", "-t", str(holder.pid)]
+        return prefix, Path(f"/proc/{holder.pid}/root{disk}")
+
+    yield mount
+    for holder in holders:
+        holder.kill()
+        holder.wait()
+
+
+@contextmanager
+def recovery(what: str) -> Iterator[None]:
+    """Print how long the body took: from a fault to the work going on (see with ``pytest -s``)."""
+    began = time.monotonic()
+    yield
+    print(f"\nrecovery, {what}: {time.monotonic() - began:.1f} s", flush=True)

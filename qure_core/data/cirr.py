@@ -19,8 +19,7 @@ def read_cirr(root: str, split: str) -> tuple[Split, list[Problem]]:
     problems: list[Problem] = []
     split_file = storage.join(root, "cirr", "image_splits", f"split.rc2.{split}.json")
     paths = read_rows(split_file, dict, problems)
-    tops = sorted({str(path).removeprefix("./").split("/")[0] for path in paths.values()})
-    folders = {top: ImageFolder(storage.join(root, top)) for top in tops if ".." not in top}
+    folders: dict[str, ImageFolder] = {}
     images: dict[str, str] = {}
     for name, path in paths.items():
         relative = safe_relative(path) if isinstance(path, str) else None
@@ -28,6 +27,8 @@ def read_cirr(root: str, split: str) -> tuple[Split, list[Problem]]:
             problems.append(Problem(split_file, name, f"path {path!r} is not inside the data root"))
             continue
         top, _, rest = relative.partition("/")
+        if top not in folders:
+            folders[top] = ImageFolder(storage.join(root, top))
         uri = folders[top].find(rest.rsplit(".", 1)[0])
         if uri is None:
             problems.append(Problem(split_file, name, f"image {relative} is missing in {root}"))

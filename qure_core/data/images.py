@@ -18,22 +18,29 @@ from qure_core.errors import InputError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TARGET_RATIO = 1.25
+# Of what Pillow reads, the kinds that hold pixels: some others start programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+BYTES_PER_PIXEL = 8
+"""A file larger than this for each allowed pixel (16 bits in four channels) is no image."""
 
 
 def decode(data: bytes, uri: str, max_pixels: int) -> Image.Image:
     """Decode a whole image, or raise `InputError` naming ``uri``.
 
-    ``max_pixels`` bounds width x height before any pixel is decoded.
+    ``max_pixels`` bounds width x height before any pixel is decoded, and four times it what a
+    very long image is padded to.
     """
     try:
         with warnings.catch_warnings():
             # PIL's own bomb warning would double the message below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = image.size
-            if width * height > max_pixels:
+            padded = max(width, height) ** 2 / TARGET_RATIO
+            if width * height > max_pixels or padded > 4 * max_pixels:
                 raise InputError(
-                    f"{uri}: {width} x {height} pixels exceed data.max_image_pixels={max_pixels}"
+                    f"{uri}: {width} x {height} pixels (before or after padding) exceed "
+                    f"data.max_image_pixels={max_pixels}; shrink the image, or raise the limit"
                 )
             image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError, EOFError, ValueError) as error:
@@ -48,10 +55,22 @@ def decode(data: bytes, uri: str, max_pixels: int) -> Image.Image:
 def load_image(uri: str, max_pixels: int) -> Image.Image:
     """Read and decode the image at ``uri``; `InputError` if it is missing or damaged."""
     try:
-        data = storage.read_bytes(uri)
+        data = read_image_bytes(uri, max_pixels)
     except FileNotFoundError:
         raise InputError(f"{uri}: image file is missing") from None
     return decode(data, uri, max_pixels)
+
+
+def read_image_bytes(uri: str, max_pixels: int) -> bytes:
+    """The bytes of an image file; `InputError` if it is far larger than its pixels could be."""
+    limit = BYTES_PER_PIXEL * max_pixels
+    data = storage.read_bytes(uri, limit + 1)
+    if len(data) > limit:
+        raise InputError(
+            f"{uri}: more than {limit:,} bytes, {BYTES_PER_PIXEL} for each pixel of "
+            f"data.max_image_pixels={max_pixels}; replace the file, or raise the limit"
+        )
+    return data
 
 
 def target_pad(image: Image.Image, ratio: float = TARGET_RATIO) -> Image.Image:

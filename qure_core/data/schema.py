@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qure_core import storage
-from qure_core.parquet import read_parquet
+from qure_core.parquet import read_committed_parquet
 
 SPLIT_KIND = "dataset split"
 
@@ -82,7 +82,7 @@ def read_split(uri: str) -> Split:
     manifest = storage.read_manifest(uri, SPLIT_KIND)
 
     def table(name: str) -> pa.Table:
-        return read_parquet(storage.join(uri, name))
+        return read_committed_parquet(uri, name, manifest)
 
     triplets = tuple(
         Triplet(**row | {key: tuple(row[key]) for key in ("group", "relevant_ids")})

@@ -15,7 +15,7 @@ from qure_core.data.schema import Split
 from qure_core.embedding import EmbedJob, embed_splits
 from qure_core.embedding_shards import EmbeddingShards, checkpoint_digest
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
-from qure_core.parquet import read_parquet, write_parquet
+from qure_core.parquet import read_committed_parquet, read_parquet, write_parquet
 from qure_core.resources import Plan
 from qure_core.scoring import QueryBlock, make_blocks, map_blocks, score_block
 
@@ -170,17 +170,15 @@ def evaluate_checkpoint(
 
 def read_rows(uri: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """The ranking rows that `rank_queries` wrote."""
-    return _read_parts(uri, names).to_pylist()
-
-
-def _read_parts(uri: str, names: Sequence[str]) -> pa.Table:
-    return pa.concat_tables(read_parquet(storage.join(uri, name)) for name in names)
+    tables = [read_parquet(storage.join(uri, name)) for name in names]
+    return pa.concat_tables(tables).to_pylist()
 
 
 def read_rankings(uri: str) -> pa.Table:
     """The ranking rows of a committed evaluation."""
     manifest = storage.read_manifest(uri, EVALUATION_KIND)
-    return _read_parts(uri, sorted(manifest["files"]))
+    names = sorted(manifest["files"])
+    return pa.concat_tables(read_committed_parquet(uri, name, manifest) for name in names)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

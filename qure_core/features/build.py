@@ -8,7 +8,6 @@ in the manifest: it matters only to those who need it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import math
@@ -32,8 +31,7 @@ from qure_core import storage
 from qure_core.arrow_files import arrow_bytes, file_facts
 from qure_core.config import ClusterSettings, Settings
 from qure_core.data.hashing import image_digests
-from qure_core.data.images import decode, preprocess_to_bytes
-from qure_core.embedding_shards import CHECKPOINT_KIND
+from qure_core.data.images import decode, preprocess_to_bytes, read_image_bytes
 from qure_core.errors import InputError
 from qure_core.features.identity import FeatureKey
 from qure_core.features.store import FEATURES_KIND, INDEX_SCHEMA
@@ -57,9 +55,6 @@ class EncoderSource:
         """The model and its processor."""
         from qure_core.model import load_model  # tasks that only decode need not import it
 
-        if storage.is_committed(self.source):
-            directory = storage.local_directory(self.source, CHECKPOINT_KIND, verify=True)
-            return load_model(str(directory))
         return load_model(self.source, self.tokenizer)
 
 
@@ -116,7 +111,7 @@ def _writing(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if storage.is_refused(error):
             raise InputError(_cannot_write(uri, error)) from None
         raise
 
@@ -232,7 +227,7 @@ def _decode_piece(table: pa.Table, image_size: int, max_pixels: int) -> pa.Table
     for uri in row["uri"]:
         digest = fault = ""
         try:
-            data = storage.read_bytes(uri)
+            data = read_image_bytes(uri, max_pixels)
             digest = hashlib.sha256(data).hexdigest()
             image = decode(data, uri, max_pixels)
             pixels.write(preprocess_to_bytes(image, image_size).tobytes())
@@ -240,7 +235,9 @@ def _decode_piece(table: pa.Table, image_size: int, max_pixels: int) -> pa.Table
             fault = f"{uri}: image file is missing"
         except InputError as error:
             fault = str(error)
-        except Exception as error:  # of the storage, or of a decoder that met nonsense
+        except Exception as error:  # of one file, or of a decoder that met nonsense
+            if storage.is_away(error):
+                raise  # it says nothing of the image
             fault = f"{uri}: cannot be read ({type(error).__name__}: {error})"
         digests.append(digest)
         faults.append(fault)
@@ -260,12 +257,19 @@ class _Encoder:
         torch.set_num_threads(threads)
         self.encode_frozen = encode_frozen
         self.device = granted_device()
-        model, self.processor = source.load()
-        self.encoder = model.vision_encoder.eval().to(self.device)
         self.key, self.uri = key, uri
         self.encoding = threading.Lock()
+        self.fault = ""
+        try:
+            model, self.processor = source.load()
+        except InputError as error:
+            self.fault = str(error)  # said by the first call, as any other bad input
+            return
+        self.encoder = model.vision_encoder.eval().to(self.device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if self.fault:
+            return pa.table({"images": [0], "fault": [self.fault]})
         (row,) = table.to_pylist()
         if not storage.list_names(self.uri):  # the driver holds its lease there
             fault = (
@@ -280,6 +284,8 @@ class _Encoder:
         try:
             self._write(row, good, features)
         except OSError as error:
+            if not storage.is_refused(error):
+                raise
             # As data: an exception would reach the driver as Ray's own, its cause as text.
             fault = _cannot_write(self.uri, error)
         except InputError as error:
@@ -398,8 +404,8 @@ def _actor_cpus(cluster: ClusterSettings) -> float:
     """
     total = int(ray.cluster_resources().get("CPU", 0))
     each = cluster.cpus_per_embed_actor
-    if each * cluster.embed_actors < total:
-        return each
+    if each * cluster.embed_actors < total or not total:
+        return each  # with no CPU at all, an autoscaler still has to start nodes
     share = (total - 1) / cluster.embed_actors
     return math.floor(share) if share >= 1 else share  # Ray takes fractions below one only
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from qure_core import storage
 from qure_core.arrow_files import read_arrow
 from qure_core.errors import InputError
-from qure_core.parquet import read_parquet
+from qure_core.parquet import read_committed_parquet
 
 FEATURES_KIND = "feature store"
 INDEX_SCHEMA = pa.schema(
@@ -59,7 +59,7 @@ class FeatureStore:
 
     def index(self, uris: Iterable[str] | None = None) -> pa.Table:
         """The index, or its rows of the images at ``uris``."""
-        table = read_parquet(storage.join(self.uri, self.manifest["index"]))
+        table = read_committed_parquet(self.uri, self.manifest["index"], self.manifest)
         if uris is None:
             return table
         return table.filter(pc.is_in(table["uri"], pa.array(uris, pa.string())))

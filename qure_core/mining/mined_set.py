@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qure_core import storage
-from qure_core.parquet import read_parquet
+from qure_core.parquet import read_committed_parquet
 
 MINED_KIND = "mined set"
 SCHEMA_VERSION = 2
@@ -80,5 +80,5 @@ def read_mined_set(uri: str, columns: list[str] | None = None) -> MinedSet:
     """
     manifest = storage.read_manifest(uri, MINED_KIND)
     parts = sorted(name for name in manifest["files"] if name.startswith("part-"))
-    tables = [read_parquet(storage.join(uri, name), columns) for name in parts]
+    tables = [read_committed_parquet(uri, name, manifest, columns) for name in parts]
     return MinedSet(uri, manifest, pa.concat_tables(tables).unify_dictionaries())

@@ -23,20 +23,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m qure_core.model.convert", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("source", help="LAVIS-named checkpoint (.pth)")
+    parser.add_argument("source", help="LAVIS-named checkpoint (.pth): a path or URI")
     parser.add_argument("target", help="directory to write: a path or URI")
     parser.add_argument(
         "--tokenizer",
         default="bert-base-uncased",
-        help="BERT tokenizer as a directory or a hub id (default: %(default)s)",
+        help="BERT tokenizer as a path, a URI or a hub id (default: %(default)s)",
     )
     parser.add_argument("--vision-heads", type=int, help="attention heads (default: width / 64)")
     parser.add_argument("--qformer-heads", type=int, help="attention heads (default: width / 64)")
-    parser.add_argument("--clip", help="Hugging Face CLIP directory or hub id for the encoder")
-    parser.add_argument("--blip2", help="Hugging Face BLIP-2 directory or hub id for the Q-Former")
+    parser.add_argument("--clip", help="Hugging Face CLIP for the encoder: path, URI, hub id")
+    parser.add_argument("--blip2", help="Hugging Face BLIP-2 for the Q-Former: path, URI, hub id")
     chosen = parser.parse_args()
     model = load_lavis_checkpoint(
-        chosen.source, vision_heads=chosen.vision_heads, qformer_heads=chosen.qformer_heads
+        storage.local_copy(chosen.source),
+        vision_heads=chosen.vision_heads,
+        qformer_heads=chosen.qformer_heads,
     )
     if chosen.clip:
         fill_vision_encoder(model, chosen.clip)

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from qure_core import storage
 from qure_core.errors import InputError
 from qure_core.model.configuration import QuReConfig, preset
 from qure_core.model.lavis import load_converted
@@ -41,9 +42,9 @@ def first_line(error: Exception) -> str:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """A BERT tokenizer from a directory or a hub id, with BLIP-2's [DEC] token appended."""
+    """A BERT tokenizer from a directory, its URI or a hub id, with BLIP-2's [DEC] appended."""
     try:
-        return with_decoder_token(BertTokenizer.from_pretrained(source))
+        return with_decoder_token(BertTokenizer.from_pretrained(storage.local_copy(source)))
     except (OSError, ValueError) as error:
         raise InputError(
             f"model.tokenizer: cannot load {source!r} ({first_line(error)}); give a "
@@ -68,22 +69,23 @@ def load_model(
 ) -> tuple[QuReModel, QuReProcessor]:
     """Load weights and processor from a directory of ours or a Hugging Face BLIP-2 model.
 
-    ``source`` is a directory, or the hub id of a `Blip2ForImageTextRetrieval`. ``dropout``
-    replaces the Q-Former's for training.
+    ``source`` is a directory, its URI, or the hub id of a `Blip2ForImageTextRetrieval`.
+    ``dropout`` replaces the Q-Former's for training.
     """
+    directory = storage.local_copy(source)
     try:
-        found = AutoConfig.from_pretrained(source).model_type if not _is_ours(source) else "qure"
+        ours = _is_ours(directory)
+        found = "qure" if ours else AutoConfig.from_pretrained(directory).model_type
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model.pretrained: cannot load {source!r} ({first_line(error)}); give a "
-            "directory, or a hub id on a machine that reaches the hub"
+            f"model.pretrained: cannot load {source!r} ({first_line(error)}); give a directory "
+            "or its URI, or a hub id on a machine that reaches the hub"
         ) from None
     if found == "qure":
-        config = QuReConfig.from_pretrained(source)
+        config = QuReConfig.from_pretrained(directory)
         _set_dropout(config, dropout)
-        model = QuReModel.from_pretrained(source, config=config)
-        processor = QuReProcessor.from_pretrained(source)
-        return model, processor
+        model = QuReModel.from_pretrained(directory, config=config)
+        return model, QuReProcessor.from_pretrained(directory)
     if found != "blip-2":
         raise InputError(
             f"model.pretrained: {source!r} is a {found!r} model; a QuRe or BLIP-2 "
@@ -124,7 +126,7 @@ _CLIP_CONFIG = (
 
 def _donor(kind: Any, source: str, option: str) -> Any:
     try:
-        return kind.from_pretrained(source, dtype=torch.float32)
+        return kind.from_pretrained(storage.local_copy(source), dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise InputError(f"{option}: cannot load {source!r} ({first_line(error)})") from None
 
@@ -183,7 +185,8 @@ def _convert_hf(donor: Any, source: str) -> dict[str, Tensor]:
 
 
 def _from_hf_blip2(source: str, dropout: float | None) -> QuReModel:
-    donor = Blip2ForImageTextRetrieval.from_pretrained(source, dtype=torch.float32)
+    directory = storage.local_copy(source)
+    donor = Blip2ForImageTextRetrieval.from_pretrained(directory, dtype=torch.float32)
     theirs = donor.config
     config = QuReConfig(
         vision_type="eva",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
+import shutil
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from qure_core import storage
 from qure_core.embedding_shards import CHECKPOINT_KIND
+from qure_core.errors import InputError
 from qure_core.model import QuReModel, QuReProcessor
 
 OPTIMIZER_FILE = "optimizer.pt"
@@ -27,10 +33,17 @@ def save_checkpoint(
 ) -> None:
     """Commit a checkpoint. ``facts`` (stage, epoch, ...) go into its manifest."""
     with storage.committed_directory(uri, CHECKPOINT_KIND) as (directory, description):
-        model.save_pretrained(directory)
-        processor.save_pretrained(directory)
-        if optimizer is not None:
-            torch.save(optimizer, directory / OPTIMIZER_FILE)
+        try:
+            model.save_pretrained(directory)
+            processor.save_pretrained(directory)
+            if optimizer is not None:
+                torch.save(optimizer, directory / OPTIMIZER_FILE)
+        except (SafetensorError, RuntimeError) as error:
+            # Of these libraries' own kind even if the disk is full.
+            size = sum(value.nbytes for value in model.state_dict().values())
+            if shutil.disk_usage(directory).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from error
+            raise
         # What stored features of this encoder are known by.
         described = {"encoder": model.encoder_digest(), "image_size": processor.image_size}
         description |= facts | described
@@ -38,11 +51,17 @@ def save_checkpoint(
 
 def load_optimizer(uri: str) -> dict[str, Any] | None:
     """The optimizer and scaler state of a checkpoint, or None if it has none."""
-    directory = storage.local_directory(uri, CHECKPOINT_KIND, verify=True)
+    directory = storage.local_directory(uri, CHECKPOINT_KIND, verify=(OPTIMIZER_FILE,))
     file = directory / OPTIMIZER_FILE
     if not file.exists():
         return None
-    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{storage.join(uri, OPTIMIZER_FILE)}: holds more than tensors and plain values, as no "
+            "checkpoint of this project does; it was not read. Take the checkpoint from its source"
+        ) from None
     return state
 
 

@@ -22,7 +22,6 @@ from qure_core import storage
 from qure_core.config import Settings
 from qure_core.data import read_split
 from qure_core.data.schema import Triplet
-from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.features.store import StoredFeatures
 from qure_core.mining.mined_set import read_mined_set
 from qure_core.model import QuReModel, QuReProcessor, load_model
@@ -126,19 +125,22 @@ def _make_task(
     )
 
 
-def train_segment(segment: Segment) -> None:
-    """One worker's part of the epochs of ``segment`` that remain."""
+def train_segment(segment: Segment, board: Any = None) -> None:
+    """One worker's part of the epochs of ``segment`` that remain.
+
+    How far it is goes to ``board``, an actor of `monitor.Board`, if one is given.
+    """
     settings = Settings(**segment.settings)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(settings.cluster.cpus_per_train_worker)
     device = ray.train.torch.get_device()
 
-    first = latest_epoch(segment.run_dir, segment.stage)
-    assert first is not None, f"no {segment.stage} checkpoint to start from"
+    tell = _Teller(board, rank)
+    tell("loading")
+    first = _agreed(latest_epoch(segment.run_dir, segment.stage), workers, device)
     start = checkpoint_uri(segment.run_dir, segment.stage, first)
-    directory = storage.local_directory(start, CHECKPOINT_KIND, verify=True)
-    model, processor = load_model(str(directory), dropout=settings.model.dropout)
+    model, processor = load_model(start, dropout=settings.model.dropout)
     split = read_split(storage.join(segment.run_dir, "data", "train"))
     cluster = settings.cluster
     load: VisionLoader
@@ -178,15 +180,22 @@ def train_segment(segment: Segment) -> None:
         rate = learning_rate(epoch, task.epochs, task.lr, task.final_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        tell("preparing an epoch", epoch + 1)
         steps = task.batches(epoch)
+        total = len(steps) * (segment.last_epoch - first)
         meter = Throughput(model.config, device, peak)
 
         def seed_of(step: int, epoch: int = epoch) -> int:
             return step_seed(settings.run.seed, segment.stage, epoch, step, rank)
 
         def progress(
-            done: int, epoch: int = epoch, steps: int = len(steps), meter: Throughput = meter
+            done: int,
+            epoch: int = epoch,
+            steps: int = len(steps),
+            total: int = total,
+            meter: Throughput = meter,
         ) -> None:
+            tell("training", epoch + 1, done + steps * (epoch - first), total)
             if rank == 0 and done % settings.train.log_every == 0:
                 _print_progress(segment, task, epoch, done, steps, meter)
 
@@ -207,6 +216,7 @@ def train_segment(segment: Segment) -> None:
             if segment.stage == "pretrain"
             else ("steep_drops" if segment.mined_uri else "random"),
         }
+        tell("saving a checkpoint", epoch + 1, len(steps) * (epoch + 1 - first), total)
         if rank == 0:
             _write_epoch(segment, epoch, losses, facts)
             uri = checkpoint_uri(segment.run_dir, segment.stage, epoch + 1)
@@ -226,7 +236,38 @@ def train_segment(segment: Segment) -> None:
                 f"lr {rate:.2e}, temperature {facts['temperature']:.4f}, {speed}",
                 flush=True,
             )
+            tell.epoch(facts)
         ray.train.report({"epoch": epoch + 1, "loss": facts["loss"]})
+
+
+def _agreed(epoch: int | None, workers: int, device: torch.device) -> int:
+    """The epoch to start from as the first worker sees it: a node's listing may be an older one."""
+    box = [epoch]
+    if workers > 1:
+        torch.distributed.broadcast_object_list(box, device=device)
+    assert box[0] is not None, "no checkpoint to start from"
+    return box[0]
+
+
+class _Teller:
+    """Says on the board how far this worker is, at most once a second while it only trains."""
+
+    def __init__(self, board: Any, rank: int) -> None:
+        self.board, self.rank = board, rank
+        self._doing, self._told = "", 0.0
+
+    def __call__(self, doing: str, epoch: int = 0, done: int = 0, total: int = 0) -> None:
+        now = time.monotonic()
+        if self.board is None or (doing == self._doing and now - self._told < 1):
+            return
+        self._doing, self._told = doing, now
+        where = {"doing": doing, "epoch": epoch, "done": done, "total": total}
+        self.board.post.remote(self.rank, where)
+
+    def epoch(self, facts: dict[str, Any]) -> None:
+        """An epoch is committed."""
+        if self.board is not None:
+            self.board.post_epoch.remote(facts)
 
 
 def _print_progress(

@@ -6,6 +6,7 @@ goes on where the last one stopped:
     config.yaml     settings as resolved            data/         the triplets and images used
     checkpoints/    after every epoch kept          rounds/       mined sets
     evaluations/    rankings and metrics            metrics.jsonl steps, epochs, rounds, evaluations
+    events.jsonl    what happened, and when
     tensorboard/    the same as event files         report/       index.html
 """
 
@@ -35,6 +36,7 @@ from qure_core.lease import hold
 from qure_core.mining.stage import check_corpora, hold_round, mine_round, mining_job, round_table
 from qure_core.model import build_model, learn_tokenizer, load_model
 from qure_core.model.pretrained import load_tokenizer
+from qure_core.monitor import monitored
 from qure_core.report.build import build_report
 from qure_core.resources import Plan, connect, plan_resources
 from qure_core.seeds import derive
@@ -42,6 +44,7 @@ from qure_core.training.checkpoints import checkpoint_uri, latest_epoch, save_ch
 from qure_core.training.layout import committed, evaluation_uri, round_uri
 from qure_core.training.schedule import evaluation_epochs, mining_epochs, stage_boundaries
 from qure_core.training.segment import Segment
+from qure_core.training.tracking import Scalar, check_tracker, scalars, track
 from qure_core.training.trainer import run_segment
 
 # Settings that may change between a run and its resumption: they do not change its result.
@@ -56,6 +59,7 @@ _FREE = {
     "cluster.decode_threads",
     "cluster.image_cache_mb",
     "cluster.max_failures",
+    "cluster.scale_up_seconds",
     "features",
     "feature_store.dir",
     "feature_store.cache_dir",
@@ -68,6 +72,9 @@ _FREE = {
     "train.keep_checkpoints",
     "train.log_every",
     "report.examples",
+    "tracking.backend",
+    "tracking.project",
+    "tracking.uri",
 }
 
 
@@ -117,14 +124,14 @@ def prepare_data(settings: Settings) -> tuple[Split, Split, dict[str, tuple[str,
     for name in ("train", "val"):
         uri = storage.join(folder, name)
         split = load_split(data, name)
-        if storage.is_committed(uri):
-            kept = read_split(uri)
-            if (kept.triplets, kept.galleries) != (split.triplets, split.galleries):
-                raise InputError(
-                    f"data.root: the {name} split of {data.root} has changed since this run "
-                    f"began ({uri}); choose another --run.dir, or restore the data"
-                )
-        write_split(uri, split)
+        kept = read_split(uri) if storage.is_committed(uri) else None
+        if kept and (kept.triplets, kept.galleries) != (split.triplets, split.galleries):
+            raise InputError(
+                f"data.root: the {name} split of {data.root} has changed since this run "
+                f"began ({uri}); choose another --run.dir, or restore the data"
+            )
+        if kept != split:  # it is new, or its images have moved
+            write_split(uri, split)
         splits.append(split)
     train, val = splits
     corpora = mining_galleries(data, train)
@@ -205,7 +212,12 @@ def run(settings: Settings) -> dict[str, Any]:
     """Run the job to its end and return its summary; what is already done is not done again."""
     run_dir, train_settings = settings.run.dir, settings.train
     storage.check_writable(run_dir, "run.dir")
-    with hold(run_dir, "training"):
+    check_tracker(settings)
+    events = storage.join(run_dir, "events.jsonl")
+    with (
+        hold(run_dir, "training") as run_lease,
+        monitored(events, "training", settings.resolved()) as monitor,
+    ):
         save_config(settings)
         connect()
         plan = plan_resources(settings.cluster)
@@ -223,6 +235,7 @@ def run(settings: Settings) -> dict[str, Any]:
         mined_at: int | None = None
         done = latest_epoch(run_dir, "train") or 0
         for stop, following in zip(stops, [*stops[1:], None], strict=True):
+            run_lease.check()
             checkpoint = checkpoint_uri(run_dir, "train", stop)
             evaluation = evaluation_uri(run_dir, stop) if stop in evaluations else None
             mines = stop in minings and train_settings.negatives == "steep_drops"
@@ -241,6 +254,8 @@ def run(settings: Settings) -> dict[str, Any]:
                         settings, plan, checkpoint, val, evaluation, evaluations[stop]
                     )
                     print(describe_evaluation(manifest), flush=True)
+                    recall = manifest["metrics"]["recall"]["average"]
+                    monitor.event("evaluated", epoch=stop, uri=evaluation, **recall)
                 if mined:
                     mined_at = stop
                     assert lease is not None
@@ -248,6 +263,7 @@ def run(settings: Settings) -> dict[str, Any]:
                         settings, plan, checkpoint, train, corpora, mined, stop, lease
                     )
                     print(round_table(manifest) + f"\n  written to {mined}", flush=True)
+                    monitor.event("mined", epoch=stop, uri=mined, **manifest["statistics"])
             if following is not None and done < following:
                 segment = Segment(
                     stage="train",
@@ -259,8 +275,10 @@ def run(settings: Settings) -> dict[str, Any]:
                     keep=keep,
                     features=usable_store(settings, plan, start, training_images(train, corpora)),
                 )
+                run_lease.check()
                 run_segment(segment, settings.cluster, plan)
-            write_metrics(run_dir)
+            track(settings, write_metrics(run_dir))
+        run_lease.check()
         report = build_report(settings, train, val)
         summary = {
             "evaluations": {
@@ -310,29 +328,19 @@ def read_metrics(run_dir: str) -> list[dict[str, Any]]:
     return lines
 
 
-def write_metrics(run_dir: str) -> None:
-    """Write metrics.jsonl and the TensorBoard events from what is committed so far."""
+def write_metrics(run_dir: str) -> list[Scalar]:
+    """Write metrics.jsonl and the TensorBoard events from what is committed so far; return the
+    latter's scalars."""
     lines = read_metrics(run_dir)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     storage.write_bytes(storage.join(run_dir, "metrics.jsonl"), text.encode())
 
+    values = scalars(lines)
     staging = tempfile.mkdtemp(prefix="qure-tensorboard-")
     try:
         writer = SummaryWriter(staging)
-        step = {"pretrain": 0, "train": 0}
-        for line in lines:
-            if line["kind"] == "step":
-                writer.add_scalar(f"{line['stage']}/step_loss", line["loss"], step[line["stage"]])
-                step[line["stage"]] += 1
-            elif line["kind"] == "epoch":
-                for name in ("loss", "lr", "temperature"):
-                    writer.add_scalar(f"{line['stage']}/{name}", line[name], line["epoch"])
-            elif line["kind"] == "mining":
-                writer.add_scalar("mining/steep_share", line["steep_share"], line["epoch"])
-                writer.add_scalar("mining/set_size", line["set_size"]["median"], line["epoch"])
-            else:
-                for name, value in line["recall"]["average"].items():
-                    writer.add_scalar(f"val/{name}", value, line["epoch"])
+        for name, step, value in values:
+            writer.add_scalar(name, value, step)
         writer.close()
         target = storage.join(run_dir, "tensorboard")
         storage.remove(target)
@@ -341,3 +349,4 @@ def write_metrics(run_dir: str) -> None:
                 storage.write_bytes(storage.join(target, name), file.read())
     finally:
         shutil.rmtree(staging)
+    return values

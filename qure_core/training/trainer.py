@@ -11,7 +11,8 @@ from ray.train.torch import TorchTrainer
 
 from qure_core import storage
 from qure_core.config import ClusterSettings
-from qure_core.errors import InputError
+from qure_core.errors import InputError, chain
+from qure_core.monitor import current
 from qure_core.resources import Plan
 from qure_core.training.segment import Segment
 
@@ -21,7 +22,7 @@ def _worker(config: dict[str, Any]) -> None:
     # import the model libraries too.
     from qure_core.training.loop import train_segment
 
-    train_segment(Segment(**config))
+    train_segment(Segment(**config["segment"]), config["board"])
 
 
 def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
@@ -30,18 +31,28 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
     A worker lost on the way is replaced ``cluster.max_failures`` times; the segment then goes on
     from its newest checkpoint. Bad input met by a worker is raised as `InputError`.
     """
+    name = f"{segment.stage}-{segment.last_epoch}-{uuid.uuid4().hex[:8]}"
     scratch = storage.join(segment.run_dir, "ray_train")
+    arrow_filesystem, arrow_path = storage.arrow_filesystem(scratch)
+    monitor = current()
+    if monitor:
+        # The workers know how many steps there are; the board brings it.
+        monitor.begin(f"{segment.stage} to epoch {segment.last_epoch}", 0, "steps")
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=asdict(segment),
+        train_loop_config={
+            "segment": asdict(segment),
+            "board": monitor.make_board() if monitor else None,
+        },
         scaling_config=ScalingConfig(
             num_workers=cluster.train_workers,
             use_gpu=plan.gpus > 0,
             resources_per_worker=plan.train,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # its stub is of Train V1
-            name=f"{segment.stage}-{segment.last_epoch}-{uuid.uuid4().hex[:8]}",
-            storage_path=scratch,
+            name=name,
+            storage_path=arrow_path,
+            storage_filesystem=arrow_filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             # Workers' prints reach the driver already: no second copy through Train's logger.
             worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
@@ -59,12 +70,4 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
 
 def _input_error(error: BaseException) -> str | None:
     """The message of an `InputError` raised in a worker, if that is what stopped the stage."""
-    failures: dict[int, Any] = getattr(error, "worker_failures", {})
-    for failure in [error, *failures.values()]:
-        link: BaseException | None = failure
-        while link is not None:
-            if isinstance(link, InputError):
-                return str(link)
-            # Ray carries a worker's exception in an attribute, not as __cause__.
-            link = getattr(link, "_base_exc", None) or link.__cause__ or link.__context__
-    return None
+    return next((str(link) for link in chain(error) if isinstance(link, InputError)), None)

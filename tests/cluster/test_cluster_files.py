@@ -3,57 +3,147 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import psutil
 import pytest
+import ray
+import referencing
 import yaml
 from conftest import ROOT
 
-from qure_core.config import load_settings
+from qure_core.config import Settings, load_settings
+
+SCHEMAS = Path(__file__).parent / "schemas"
+SCHEMA_OF = {
+    "RayCluster": "ray.io-v1.json#/$defs/RayCluster",
+    "RayJob": "ray.io-v1.json#/$defs/RayJob",
+    "CronJob": "kubernetes-1.34.json#/$defs/io.k8s.api.batch.v1.CronJob",
+    "NetworkPolicy": "kubernetes-1.34.json#/$defs/io.k8s.api.networking.v1.NetworkPolicy",
+}
 
 
-def test_rayjob_runs_a_command_that_this_tree_accepts() -> None:
-    job = yaml.safe_load((ROOT / "cluster/rayjob.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    words = shlex.split(job["spec"]["entrypoint"])
-    inside = "/home/ray/qure/"
-    assert words[:2] == ["python", f"{inside}pipelines/train.py"]
-    assert (ROOT / words[1].removeprefix(inside)).exists()
-    arguments = [word.replace(inside, f"{ROOT}/") for word in words[2:]]
-    settings, _ = load_settings(arguments, "train.py", "")
-    workers = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
-    assert settings.cluster.train_workers == workers["replicas"] == workers["minReplicas"]
-    (container,) = workers["template"]["spec"]["containers"]
-    limits = container["resources"]["limits"]
-    assert int(limits["cpu"]) >= settings.cluster.cpus_per_train_worker
-    assert int(limits["cpu"]) >= settings.cluster.cpus_per_embed_actor
-    assert limits["nvidia.com/gpu"] == "1"
-    assert job["spec"]["rayClusterSpec"]["authOptions"]["mode"] == "token"
+def schema_errors(manifest: dict[str, Any]) -> list[str]:
+    registry = referencing.Registry().with_resources(
+        (file.name, referencing.Resource.from_contents(json.loads(file.read_text())))
+        for file in SCHEMAS.glob("*.json")
+    )
+    validator = jsonschema.Draft202012Validator(
+        {"$ref": SCHEMA_OF[manifest["kind"]]}, registry=registry
+    )
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(manifest)]
 
 
-def test_cronjob_submits_a_command_that_this_tree_accepts() -> None:
-    job = yaml.safe_load((ROOT / "cluster/mining-cronjob.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "CronJob")
-    assert job["spec"]["concurrencyPolicy"] == "Forbid"
-    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    command = container["command"]
-    place = command.index("--")
-    assert command[:3] == ["ray", "job", "submit"]
-    inside = "/home/ray/qure/"
-    assert command[place + 1 : place + 3] == ["python", f"{inside}pipelines/mine.py"]
-    arguments = [word.replace(inside, f"{ROOT}/") for word in command[place + 3 :]]
-    arguments.remove("--if-newer")
-    settings, _ = load_settings(arguments, "mine.py", "")
-    rayjob = yaml.safe_load((ROOT / "cluster/rayjob.yaml").read_text())
-    assert f"--run.dir {settings.run.dir}" in rayjob["spec"]["entrypoint"]
-    assert f"--data.root {settings.data.root}" in rayjob["spec"]["entrypoint"]
+@pytest.fixture(scope="module")
+def manifests() -> dict[str, dict[str, Any]]:
+    """What ``python cluster/render.py all`` prints, by kind."""
+    command = [sys.executable, str(ROOT / "cluster/render.py"), "all"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(text)}
+
+
+def test_manifests_follow_the_published_schemas(manifests: dict[str, dict[str, Any]]) -> None:
+    assert set(manifests) == set(SCHEMA_OF)
+    for manifest in manifests.values():
+        assert not schema_errors(manifest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value"),
+    [
+        ("RayJob", ("spec", "backofLimit"), 3),
+        ("RayJob", ("spec", "rayClusterSpec", "authOptions", "mode"), "tokens"),
+        ("RayCluster", ("spec", "workerGroupSpecs", 0, "maxReplicas"), "4"),
+        ("RayCluster", ("spec", "headGroupSpec", "template", "spec", "container"), []),
+        ("CronJob", ("spec", "jobTemplate", "spec", "template", "spec", "restart"), "Never"),
+    ],
+)
+def test_the_schemas_find_mistakes(
+    manifests: dict[str, dict[str, Any]], kind: str, place: tuple[Any, ...], value: Any
+) -> None:
+    manifest = copy.deepcopy(manifests[kind])
+    node: Any = manifest
+    for step in place[:-1]:
+        node = node[step]
+    node[place[-1]] = value
+    assert schema_errors(manifest)
+
+
+INSIDE = "/home/ray/qure/"
+
+
+def settings_of(command: str) -> tuple[str, Settings]:
+    """The pipeline that a manifest's command runs, and its settings as that pipeline reads them."""
+    words = shlex.split(command)
+    place = words.index("python")
+    assert words[place + 1].startswith(INSIDE)
+    script = words[place + 1].removeprefix(INSIDE)
+    assert (ROOT / script).exists()
+    arguments = [word.replace(INSIDE, f"{ROOT}/") for word in words[place + 2 :]]
+    settings, _ = load_settings([a for a in arguments if a != "--if-newer"], script, "")
+    return script, settings
+
+
+def test_job_and_schedule_work_on_one_run_and_fit_the_pods(
+    manifests: dict[str, dict[str, Any]],
+) -> None:
+    job = manifests["RayJob"]["spec"]
+    script, train = settings_of(job["entrypoint"])
+    assert script == "pipelines/train.py"
+    pod = manifests["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert "--if-newer" in container["args"][0]
+    script, mine = settings_of(container["args"][0])
+    assert script == "pipelines/mine.py"
+    assert train.resolved() == mine.resolved()
+    assert manifests["CronJob"]["spec"]["concurrencyPolicy"] == "Forbid"
+    assert job["backoffLimit"] > 0
+    spec = job["rayClusterSpec"]
+    assert spec == manifests["RayCluster"]["spec"]
+    assert spec["enableInTreeAutoscaling"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert spec["rayVersion"] == ray.__version__
+    (workers,) = spec["workerGroupSpecs"]
+    cluster = train.cluster
+    assert cluster.scale_up_seconds > 0  # the group starts empty
+    assert workers["maxReplicas"] == cluster.train_workers == cluster.embed_actors
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(limits["cpu"]) > max(cluster.cpus_per_train_worker, cluster.cpus_per_embed_actor)
+    assert int(limits["nvidia.com/gpu"]) == cluster.gpus
+    # The token is KubeRay's own secret of the standing cluster, the rest the storage's.
+    secret = next(e for e in container["env"] if e["name"] == "RAY_AUTH_TOKEN")
+    reference = secret["valueFrom"]["secretKeyRef"]
+    assert reference == {"name": manifests["RayCluster"]["metadata"]["name"], "key": "auth_token"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"worker_cpus": 8}, "worker_cpus: 8 leave nothing beside the 8 CPUs"),
+        ({"replicas": 3}, r"unknown values \['replicas'\]"),
+    ],
+)
+def test_wrong_values_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    own = yaml.safe_load((ROOT / "cluster/values.yaml").read_text()) | values
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(own))
+    command = [sys.executable, str(ROOT / "cluster/render.py"), "all", "--values", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert re.search(message, result.stderr), result.stderr
+    assert not result.stdout
 
 
 def test_container_file_copies_what_exists() -> None:

@@ -73,5 +73,5 @@ def test_damaged_and_missing_images_are_named(tmp_path: Path) -> None:
 def test_huge_images_are_refused_before_decoding(tmp_path: Path) -> None:
     file = tmp_path / "big.png"
     Image.new("1", (3000, 3000)).save(file)
-    with pytest.raises(InputError, match=r"3000 x 3000 pixels exceed data.max_image_pixels"):
+    with pytest.raises(InputError, match=r"3000 x 3000 pixels .* exceed data.max_image_pixels"):
         load_image(str(file), 10**6)

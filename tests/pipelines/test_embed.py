@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Runner
+from conftest import ROOT, Runner, SmallDisk
 
 from qure_core.config import DataSettings
 from qure_core.data.images import load_image
@@ -24,33 +23,11 @@ from qure_core.model import build_model, encode_frozen, learn_tokenizer
 from qure_core.training.checkpoints import save_checkpoint
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
-    """A command prefix under which a directory is a file system of 256 KiB, and that directory."""
-    if not shutil.which("unshare") or not shutil.which("nsenter"):
-        pytest.skip("needs util-linux")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    script = f"mount -t tmpfs -o size=256k tmpfs {disk} && echo mounted && exec sleep 600"
-    holder = subprocess.Popen(
-        ["unshare", "-rm", "sh", "-c", script], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    if holder.stdout.readline().strip() != "mounted":
-        pytest.skip("this machine does not let users mount a file system of their own")
-    yield (
-        ["nsenter", "--preserve-credentials", "-U", "-m", "-t", str(holder.pid)],
-        Path(f"/proc/{holder.pid}/root{disk}"),
-    )
-    holder.kill()
-    holder.wait()
-
-
 @pytest.mark.timeout(400)
 def test_a_full_disk_and_a_kill_lose_nothing(
-    world: Path, small_disk: tuple[list[str], Path], tmp_path: Path
+    world: Path, small_disk: SmallDisk, tmp_path: Path
 ) -> None:
-    prefix, disk = small_disk
+    prefix, disk = small_disk("256k")
     # A gallery names an image that is not there: no reason not to encode the others.
     data = DataSettings(root=str(tmp_path / "data"))
     shutil.copytree(world, data.root)
@@ -77,9 +54,9 @@ def test_a_full_disk_and_a_kill_lose_nothing(
         """Shards that are finished, and when they were written."""
         if [*disk.glob("*/manifest.json")]:
             return {path.name: path.stat().st_mtime_ns for path in disk.glob("*/shard-*.arrow")}
-        records = [json.loads(path.read_text()) for path in disk.glob("*/record-*.json")]
-        (store,) = disk.iterdir()
-        return {r["shard"]: (store / r["shard"]).stat().st_mtime_ns for r in records}
+        records = [*disk.glob("*/record-*.json")]
+        shards = [path.parent / json.loads(path.read_text())["shard"] for path in records]
+        return {path.name: path.stat().st_mtime_ns for path in shards}
 
     full = run()
     assert full.returncode == 2, full.stdout + full.stderr
@@ -112,7 +89,7 @@ def test_a_full_disk_and_a_kill_lose_nothing(
     for before in (first, second):
         assert {name: last[name] for name in before} == before, "a shard was written again"
     images = read_source(data, "train")[0].images | read_source(data, "val")[0].images
-    (store,) = disk.iterdir()
+    (store,) = (path.parent for path in disk.glob("*/manifest.json"))
     stored = StoredFeatures(str(store), images, "/nonexistent")
     assert len(stored) == len(images)
     for name in images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from playwright.sync_api import sync_playwright
 
 from qure_core.config import Settings
 from qure_core.data import read_split
+from qure_core.data.schema import Triplet
 from qure_core.report.build import build_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -55,22 +57,53 @@ def test_report_renders_without_errors(finished_run: Path, tmp_path: Path) -> No
     ]
 
 
-def test_captions_are_escaped(finished_run: Path, tmp_path: Path) -> None:
-    import dataclasses
-
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
+def test_hostile_captions_and_names_stay_text(finished_run: Path, tmp_path: Path) -> None:
+    """In a real browser: no script runs, nothing is fetched, and people see what was written."""
     copy = tmp_path / "run"
     shutil.copytree(finished_run, copy)
+    hostile = (
+        '</span><script>window.hit = 1</script>"><img src="http://127.0.0.1:9/x" '
+        "onerror='window.hit = 2'>{{ 7 * 7 }}<svg onload=window.hit=3>"
+    )
     settings = Settings(
         run={"dir": str(copy)},
+        model={"pretrained": hostile},
         report={"examples": 100},
         train={"epochs": 3, "warmup_epochs": 2, "mining_definitions": 3},
     )
     train, val = (read_split(str(copy / "data" / name)) for name in ("train", "val"))
-    hostile = '<script>alert(1)</script> "><img src=x onerror=alert(2)>'
+    odd = val.triplets[0].reference_id
+    renamed = f"{hostile}{odd}"
+
+    def changed(triplet: Triplet) -> Triplet:
+        reference = renamed if triplet.reference_id == odd else triplet.reference_id
+        return dataclasses.replace(triplet, text=hostile, category=hostile, reference_id=reference)
+
     val = dataclasses.replace(
-        val, triplets=tuple(dataclasses.replace(t, text=hostile) for t in val.triplets)
+        val,
+        triplets=tuple(changed(triplet) for triplet in val.triplets),
+        images=val.images | {renamed: val.images[odd]},
     )
-    page = Path(build_report(settings, train, val)).read_text()
-    assert "<script" not in page
-    assert "<img src=x" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    page_file = Path(build_report(settings, train, val))
+    requests: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page()
+        page.on("request", lambda r: requests.append(r.url))
+        page.on("dialog", lambda d: requests.append(f"dialog {d.message}"))
+        page.goto(page_file.as_uri())
+        hit = page.evaluate("window.hit")
+        scripts = page.evaluate("document.querySelectorAll('script, svg').length")
+        shown = page.locator("section.query span").all_inner_texts()
+        names = page.locator("figcaption").all_text_contents()
+        alts = page.evaluate("Array.from(document.images).map(i => i.alt)")
+        browser.close()
+    assert (hit, scripts) == (None, 0)
+    assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
+    assert f"“{hostile}”" in shown
+    assert hostile in shown
+    assert renamed in names
+    assert renamed in alts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -91,7 +92,9 @@ def check_weights(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def work(rank: int, workers: int, meeting: Path, run_dir: Path, batch_size: int, out: Path) -> None:
     """One worker's epoch, as the training loop takes it, in DDP over gloo."""
     torch.set_num_threads(1)
-    # Met at a file: a port found free may be taken by another test before it is used.
+    # Met at a file: a port found free may be taken by another test before it is used. On the
+    # loopback interface: others come and go with the networks that other tests make.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         "gloo", f"file://{meeting}", rank=rank, world_size=workers, timeout=timedelta(minutes=2)
     )
