@@ -90,7 +90,7 @@ def check_weights(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def work(rank: int, workers: int, meeting: Path, run_dir: Path, batch_size: int, out: Path) -> None:
-    """One worker's epoch, as the training loop takes it, in DDP over gloo."""
+    """One worker's part of an epoch, in a process group of its own."""
     torch.set_num_threads(1)
     # Met at a file: a port found free may be taken by another test before it is used. On the
     # loopback interface: others come and go with the networks that other tests make.
@@ -98,6 +98,14 @@ def work(rank: int, workers: int, meeting: Path, run_dir: Path, batch_size: int,
     dist.init_process_group(
         "gloo", f"file://{meeting}", rank=rank, world_size=workers, timeout=timedelta(minutes=2)
     )
+    epoch(rank, workers, run_dir, batch_size, out)
+    # DDP must be gone by now: as the group's last owner it would wait for gloo's thread while it
+    # holds the interpreter, which that thread may be waiting for to let go of a tensor.
+    dist.destroy_process_group()
+
+
+def epoch(rank: int, workers: int, run_dir: Path, batch_size: int, out: Path) -> None:
+    """An epoch as the training loop takes it, in DDP."""
     model, processor, split, corpora = parts(run_dir)
     encoder = model.vision_encoder
     model.vision_encoder = torch.nn.Identity()
@@ -132,7 +140,6 @@ def work(rank: int, workers: int, meeting: Path, run_dir: Path, batch_size: int,
     if rank == 0:
         model.vision_encoder = encoder
         torch.save((model.state_dict(), sums, counts), out)
-    dist.destroy_process_group()
 
 
 # A last batch of 2 leaves two of four workers with nothing but filler.
