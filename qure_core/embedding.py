@@ -9,6 +9,7 @@ that made it, as Arrow IPC files that are read by memory map.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +98,7 @@ class _Embedder:
             result = self._embed(shard) | {"fault": ""}
         except InputError as error:
             # As data: an exception would reach the driver as Ray's own, its cause as text.
-            result = {"images": 0, "fault": str(error)}
+            result = {"images": 0, "output": "", "files": "", "fault": str(error)}
         return {name: np.asarray([value]) for name, value in result.items()}
 
     @torch.inference_mode()
@@ -144,17 +145,23 @@ class _Embedder:
         shapes = {"tokens": config.query_tokens, "width": config.embed_dim}
         storage.write_json(storage.join(output, SHAPES), shapes)
         image_file, query_file = shard_files(number)
-        write_shard(output, image_file, kept_ids, images.astype(str(shard["dtype"])))
-        write_shard(output, query_file, query_ids, vectors)
-        return {"images": len(image_ids)}
+        images = images.astype(str(shard["dtype"]))
+        files = {
+            image_file: write_shard(output, image_file, kept_ids, images),
+            query_file: write_shard(output, query_file, query_ids, vectors),
+        }
+        return {"images": len(image_ids), "output": output, "files": json.dumps(files)}
 
 
-def write_shard(output: str, name: str, ids: list[str], values: np.ndarray) -> None:
-    """Write ids and their embeddings [n, ...] as one Arrow IPC file, to be read by memory map."""
+def write_shard(output: str, name: str, ids: list[str], values: np.ndarray) -> dict[str, Any]:
+    """Write ids and their embeddings [n, ...] as one Arrow IPC file, to be read by memory map.
+
+    Returns its manifest entry (bytes, sha256).
+    """
     flat = pa.array(values.reshape(-1))
     width = int(np.prod(values.shape[1:]))
     table = pa.table({"id": ids, "embedding": pa.FixedSizeListArray.from_arrays(flat, width)})
-    write_arrow(storage.join(output, name), table)
+    return write_arrow(storage.join(output, name), table)
 
 
 def _concatenate(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -277,13 +284,17 @@ def embed_splits(
     results: Any = []
     if rows:
         results = _embed_rows(checkpoint, rows, settings, plan, store)
+    written: dict[str, dict[str, Any]] = {output: {} for output in shards_of}
     for row in results:
         if row["fault"]:
             raise InputError(str(row["fault"]))
+        written[row["output"]] |= json.loads(row["files"])
         progress.advance(int(row["images"]))
+    seconds = time.monotonic() - started
     for job in jobs:
         if job.output in shards_of:
-            _commit(job, keys[job.output], shards_of[job.output], time.monotonic() - started)
+            output = job.output
+            _commit(job, keys[output], shards_of[output], seconds, written[output])
 
 
 def _embed_rows(
@@ -307,8 +318,17 @@ def _embed_rows(
     )
 
 
-def _commit(job: EmbedJob, key: dict[str, Any], first_ids: list[str], seconds: float) -> None:
-    """Write the manifest of shards that are all there, whichever attempt made them."""
+def _commit(
+    job: EmbedJob,
+    key: dict[str, Any],
+    first_ids: list[str],
+    seconds: float,
+    written: dict[str, dict[str, Any]],
+) -> None:
+    """Write the manifest of shards that are all there, whichever attempt made them.
+
+    Those of earlier attempts, which are not in ``written``, are read for it.
+    """
     numbers = range(len(first_ids))
     files = [name for number in numbers for name in shard_files(number)]
     shapes = storage.read_json(storage.join(job.output, SHAPES))
@@ -320,4 +340,4 @@ def _commit(job: EmbedJob, key: dict[str, Any], first_ids: list[str], seconds: f
         "first_ids": first_ids,
         "seconds": round(seconds, 3),  # of the whole pass, or of its last attempt
     }
-    storage.write_manifest(job.output, EMBEDDINGS_KIND, description, files)
+    storage.write_manifest(job.output, EMBEDDINGS_KIND, description, files, written)

@@ -13,6 +13,7 @@ from qure_core.arrow_files import read_arrow
 
 EMBEDDINGS_KIND = "embeddings"
 CHECKPOINT_KIND = "checkpoint"
+OPTIMIZER_FILE = "optimizer.pt"  # of a checkpoint; only training reads it
 
 
 def checkpoint_digest(checkpoint: str) -> str:

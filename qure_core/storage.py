@@ -9,7 +9,6 @@ the directory is also renamed into place.
 
 from __future__ import annotations
 
-import atexit
 import errno
 import hashlib
 import json
@@ -17,9 +16,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +57,11 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of ``uri`` and the path within it."""
-    fs, path = url_to_fs(uri, **(object_storage.options() if uri.startswith(_S3) else {}))
-    if uri.startswith(_S3):
-        fs.retries = object_storage.ATTEMPTS
+    if not uri.startswith(_S3):
+        fs, path = url_to_fs(uri)
+        return fs, path
+    fs, path = url_to_fs(uri, **object_storage.options())
+    fs.retries = object_storage.ATTEMPTS
     return fs, path
 
 
@@ -108,10 +108,14 @@ def list_names(uri: str) -> list[str]:
 def read_bytes(uri: str, limit: int | None = None) -> bytes:
     """The content of a file, or its first ``limit`` bytes."""
     fs, path = filesystem(uri)
-    if limit is None:
-        return bytes(fs.cat_file(path))
-    with fs.open(path, "rb") as file:
-        return bytes(file.read(limit))
+    if limit is not None:
+        try:
+            return bytes(fs.cat_file(path, start=0, end=limit))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # An empty object has no first byte to answer with.
+    return bytes(fs.cat_file(path))
 
 
 def read_json(uri: str) -> Any:
@@ -331,13 +335,26 @@ def committed_directory(uri: str, kind: str) -> Iterator[tuple[Path, dict[str, A
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_manifest(uri: str, kind: str, description: dict[str, Any], names: list[str]) -> None:
-    """Commit files that other processes wrote under ``uri``: check that all exist, then say so."""
+def write_manifest(
+    uri: str,
+    kind: str,
+    description: dict[str, Any],
+    names: list[str],
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
+    """Commit files that other processes wrote under ``uri``: check that all exist, then say so.
+
+    ``known`` has the entries (``bytes``, ``sha256``) of those whose writers told them; the others
+    are read.
+    """
     fs, path = filesystem(uri)
-    files: dict[str, dict[str, Any]] = {}
-    for name in sorted(names):
+    wanted = set(names)
+    files = {name: facts for name, facts in (known or {}).items() if name in wanted}
+    for name in sorted(wanted - set(files)):
         data = fs.cat_file(join(path, name))
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for name, found in faults(uri, {"files": files}).items():
+        raise OSError(errno.EIO, f"{found}, where {files[name]['bytes']} bytes were written", name)
     commit(uri, kind, description, files)
 
 
@@ -433,49 +450,42 @@ def read_committed(uri: str, name: str, manifest: dict[str, Any]) -> bytes:
     return data
 
 
-@lru_cache(maxsize=64)
-def _download(uri: str, manifest_digest: str) -> str:
-    """Fetch a remote directory, or a single file, once per process and content."""
-    fs, path = filesystem(uri)
-    target = tempfile.mkdtemp(prefix="qure-fetched-")
-    atexit.register(shutil.rmtree, target, ignore_errors=True)
+@contextmanager
+def local_copy(source: str, leave_out: Collection[str] = ()) -> Iterator[str]:
+    """A local path of ``source`` while the block lasts: a URI is fetched, and removed after it.
+
+    A path, or a name that is no URI (of a model hub), is given as it is. A committed directory is
+    checked against its manifest, but for the files to ``leave_out``, which are not fetched either.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    if is_committed(source):
+        files = read_manifest(source, read_json(join(source, MANIFEST))["kind"])["files"]
+        files = {name: facts for name, facts in files.items() if name not in leave_out}
+    elif "://" in source and not exists(source):
+        raise InputError(f"{source}: no such file or directory")
+    fs, path = filesystem(source)
+    with ExitStack() as stack:
+        place = path if "://" in source else source
+        if not isinstance(fs, LocalFileSystem):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qure-fetched-"))
+            place = _fetch(fs, path, folder, list(files))
+        for name, facts in files.items():
+            if file_digest(os.path.join(place, name)) != facts["sha256"]:
+                raise _damaged(source, name)
+        yield place
+
+
+def _fetch(fs: fsspec.AbstractFileSystem, path: str, folder: str, names: list[str]) -> str:
+    """Copy a remote file or directory, or its files that are named, into a local folder.
+
+    Returns the path of what was copied.
+    """
+    if names:
+        fs.get([join(path, name) for name in names], [join(folder, name) for name in names])
+        return folder
     if fs.isfile(path):
-        file = os.path.join(target, os.path.basename(path))
+        file = os.path.join(folder, os.path.basename(path))
         fs.get_file(path, file)
         return file
-    fs.get(path.rstrip("/") + "/", target + "/", recursive=True)
-    return target
-
-
-def local_copy(source: str) -> str:
-    """A local path of ``source``, which is fetched if it is a URI.
-
-    A path, or a name that is no URI (of a model hub), is returned as it is. A committed directory
-    is checked against its manifest.
-    """
-    if is_committed(source):
-        return str(local_directory(source, read_json(join(source, MANIFEST))["kind"], verify=True))
-    if "://" not in source:
-        return source
-    if not exists(source):
-        raise InputError(f"{source}: no such file or directory")
-    return filesystem(source)[1] if is_local(source) else _download(source, "")
-
-
-def local_directory(uri: str, kind: str, verify: bool | Collection[str] = False) -> Path:
-    """Return a local directory with the content of committed ``uri``, fetching it if remote.
-
-    ``verify`` checks the SHA-256 of every file, or of those it names, against the manifest.
-    """
-    manifest = read_manifest(uri, kind)
-    fs, path = filesystem(uri)
-    if isinstance(fs, LocalFileSystem):
-        directory = Path(path)
-    else:
-        digest = hashlib.sha256(read_bytes(join(uri, MANIFEST))).hexdigest()
-        directory = Path(_download(uri, digest))
-    for name, facts in manifest["files"].items():
-        checked = verify if isinstance(verify, bool) else name in verify
-        if checked and file_digest(directory / name) != facts["sha256"]:
-            raise _damaged(uri, name)
-    return directory
+    fs.get(path.rstrip("/") + "/", folder + "/", recursive=True)
+    return folder

@@ -65,16 +65,31 @@ def test_commits_appear_whole_and_are_replaced(base: str, server: S3Server) -> N
     manifest = storage.read_manifest(uri, "letter")
     assert manifest["text"] == "second"
     assert sorted(manifest["files"]) == ["0.txt", "1.txt"]
-    directory = storage.local_directory(uri, "letter", verify=True)
-    assert (directory / "1.txt").read_text() == "second"
+    with storage.local_copy(uri) as directory:
+        assert (Path(directory) / "1.txt").read_text() == "second"
+    with storage.local_copy(uri, leave_out={"0.txt"}) as directory:
+        assert os.listdir(directory) == ["1.txt"]
+    assert not Path(directory).exists()  # disks of long-lived nodes would fill
     # Another client changes a byte: its size is the same, so only the digest tells.
     server.files().pipe_file(f"{uri[5:]}/1.txt", b"secont")
-    storage._download.cache_clear()
-    with pytest.raises(InputError, match=r"1\.txt: content differs"):
-        storage.local_directory(uri, "letter", verify=True)
+    with pytest.raises(InputError, match=r"1\.txt: content differs"), storage.local_copy(uri):
+        pass
     server.files().pipe_file(f"{uri[5:]}/1.txt", b"sec")
     with pytest.raises(InputError, match="3 bytes, but its manifest says 6"):
         storage.read_manifest(uri, "letter")
+
+
+def test_an_image_is_read_by_one_request(base: str, flaky: FlakyStorage, server: S3Server) -> None:
+    for name, data in (("letters", b"abcdef"), ("empty", b"")):
+        server.files().pipe_file(f"{base[5:]}/{name}", data)
+    storage.read_bytes(f"{base}/letters")
+    before = flaky.requests
+    assert storage.read_bytes(f"{base}/letters", 4) == b"abcd"
+    assert flaky.requests == before + 1
+    assert storage.read_bytes(f"{base}/letters", 40) == b"abcdef"
+    assert storage.read_bytes(f"{base}/empty", 4) == b""
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{base}/nothing", 4)
 
 
 def test_of_many_that_create_a_file_one_does(base: str) -> None:
@@ -126,7 +141,6 @@ def test_weights_come_from_the_store_and_go_there(base: str, server: S3Server) -
     weights = f"{place}/out/model.safetensors"
     data = server.files().cat_file(weights)
     server.files().pipe_file(weights, data[:-1] + bytes([data[-1] ^ 1]))
-    storage._download.cache_clear()
     with pytest.raises(InputError, match=r"s3://.*model\.safetensors: content differs"):
         load_model(f"{base}/out")
     with pytest.raises(InputError, match=f"{base}/nothing: no such file"):

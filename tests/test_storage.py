@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -24,9 +25,11 @@ def test_commit_and_read_back(base: str) -> None:
     uri = storage.join(base, "thing")
     make(uri)
     assert storage.read_manifest(uri, "thing")["answer"] == 42
-    assert (storage.local_directory(uri, "thing", verify=True) / "a.txt").read_text() == "one"
+    with storage.local_copy(uri) as directory:
+        assert (Path(directory) / "a.txt").read_text() == "one"
     make(uri, "two")
-    assert (storage.local_directory(uri, "thing", verify=True) / "a.txt").read_text() == "two"
+    with storage.local_copy(uri) as directory:
+        assert (Path(directory) / "a.txt").read_text() == "two"
     assert storage.list_names(base) == ["thing"]
 
 
@@ -53,14 +56,32 @@ def test_uncommitted_wrong_and_damaged_directories_are_refused(tmp_path: Path) -
     with pytest.raises(InputError, match="holds a 'thing', where a 'mined set'"):
         storage.read_manifest(uri, "mined set")
     (tmp_path / "thing" / "a.txt").write_text("two")
-    with pytest.raises(InputError, match=r"a\.txt: content differs"):
-        storage.local_directory(uri, "thing", verify=True)
+    with pytest.raises(InputError, match=r"a\.txt: content differs"), storage.local_copy(uri):
+        pass
     (tmp_path / "thing" / "a.txt").write_text("longer than before")
     with pytest.raises(InputError, match=r"a\.txt: 18 bytes, but its manifest says 3"):
         storage.read_manifest(uri, "thing")
     (tmp_path / "thing" / "a.txt").unlink()
     with pytest.raises(InputError, match=r"a\.txt: missing"):
         storage.read_manifest(uri, "thing")
+
+
+def test_files_told_by_their_writers_are_not_read_but_must_be_there(base: str) -> None:
+    uri = storage.join(base, "thing")
+    facts = {"bytes": 3, "sha256": "as told"}
+    storage.write_bytes(storage.join(uri, "a.txt"), b"one")
+    storage.write_bytes(storage.join(uri, "b.txt"), b"two")
+    storage.write_manifest(uri, "thing", {}, ["a.txt", "b.txt"], {"a.txt": facts, "old": facts})
+    files = storage.read_manifest(uri, "thing")["files"]
+    assert files == {
+        "a.txt": facts,
+        "b.txt": {"bytes": 3, "sha256": hashlib.sha256(b"two").hexdigest()},
+    }
+    storage.remove(uri)
+    storage.write_bytes(storage.join(uri, "a.txt"), b"on")
+    with pytest.raises(OSError, match=r"2 bytes, where 3 bytes were written: 'a\.txt'"):
+        storage.write_manifest(uri, "thing", {}, ["a.txt"], {"a.txt": facts})
+    assert not storage.is_committed(uri)
 
 
 def test_unwritable_directory_names_the_setting(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from qure_core import storage
+from qure_core.embedding_shards import OPTIMIZER_FILE
 from qure_core.errors import InputError
 from qure_core.model.configuration import QuReConfig, preset
 from qure_core.model.lavis import load_converted
@@ -43,8 +44,13 @@ def first_line(error: Exception) -> str:
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """A BERT tokenizer from a directory, its URI or a hub id, with BLIP-2's [DEC] appended."""
+    with storage.local_copy(source) as directory:
+        return _load_tokenizer(directory, source)
+
+
+def _load_tokenizer(directory: str, source: str) -> PreTrainedTokenizerBase:
     try:
-        return with_decoder_token(BertTokenizer.from_pretrained(storage.local_copy(source)))
+        return with_decoder_token(BertTokenizer.from_pretrained(directory))
     except (OSError, ValueError) as error:
         raise InputError(
             f"model.tokenizer: cannot load {source!r} ({first_line(error)}); give a "
@@ -72,7 +78,13 @@ def load_model(
     ``source`` is a directory, its URI, or the hub id of a `Blip2ForImageTextRetrieval`.
     ``dropout`` replaces the Q-Former's for training.
     """
-    directory = storage.local_copy(source)
+    with storage.local_copy(source, leave_out={OPTIMIZER_FILE}) as directory:
+        return _load_model(directory, source, tokenizer, dropout)
+
+
+def _load_model(
+    directory: str, source: str, tokenizer: str | None, dropout: float | None
+) -> tuple[QuReModel, QuReProcessor]:
     try:
         ours = _is_ours(directory)
         found = "qure" if ours else AutoConfig.from_pretrained(directory).model_type
@@ -91,8 +103,8 @@ def load_model(
             f"model.pretrained: {source!r} is a {found!r} model; a QuRe or BLIP-2 "
             "image-text-retrieval model is needed"
         )
-    model = _from_hf_blip2(source, dropout)
-    text = load_tokenizer(tokenizer or source)
+    model = _from_hf_blip2(directory, source, dropout)
+    text = load_tokenizer(tokenizer) if tokenizer else _load_tokenizer(directory, source)
     vocabulary = model.config.qformer["vocab_size"]
     if len(text) > vocabulary:
         raise InputError(
@@ -126,7 +138,8 @@ _CLIP_CONFIG = (
 
 def _donor(kind: Any, source: str, option: str) -> Any:
     try:
-        return kind.from_pretrained(storage.local_copy(source), dtype=torch.float32)
+        with storage.local_copy(source) as directory:
+            return kind.from_pretrained(directory, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise InputError(f"{option}: cannot load {source!r} ({first_line(error)})") from None
 
@@ -184,8 +197,7 @@ def _convert_hf(donor: Any, source: str) -> dict[str, Tensor]:
     return converted
 
 
-def _from_hf_blip2(source: str, dropout: float | None) -> QuReModel:
-    directory = storage.local_copy(source)
+def _from_hf_blip2(directory: str, source: str, dropout: float | None) -> QuReModel:
     donor = Blip2ForImageTextRetrieval.from_pretrained(directory, dtype=torch.float32)
     theirs = donor.config
     config = QuReConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pickle
 import shutil
@@ -12,11 +13,9 @@ import torch
 from safetensors import SafetensorError
 
 from qure_core import storage
-from qure_core.embedding_shards import CHECKPOINT_KIND
+from qure_core.embedding_shards import CHECKPOINT_KIND, OPTIMIZER_FILE
 from qure_core.errors import InputError
 from qure_core.model import QuReModel, QuReProcessor
-
-OPTIMIZER_FILE = "optimizer.pt"
 
 
 def checkpoint_uri(run_dir: str, stage: str, epoch: int) -> str:
@@ -51,10 +50,10 @@ def save_checkpoint(
 
 def load_optimizer(uri: str) -> dict[str, Any] | None:
     """The optimizer and scaler state of a checkpoint, or None if it has none."""
-    directory = storage.local_directory(uri, CHECKPOINT_KIND, verify=(OPTIMIZER_FILE,))
-    file = directory / OPTIMIZER_FILE
-    if not file.exists():
+    manifest = storage.read_manifest(uri, CHECKPOINT_KIND)
+    if OPTIMIZER_FILE not in manifest["files"]:
         return None
+    file = io.BytesIO(storage.read_committed(uri, OPTIMIZER_FILE, manifest))
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

@@ -45,7 +45,7 @@ from qure_core.training.layout import committed, evaluation_uri, round_uri
 from qure_core.training.schedule import evaluation_epochs, mining_epochs, stage_boundaries
 from qure_core.training.segment import Segment
 from qure_core.training.tracking import Scalar, check_tracker, scalars, track
-from qure_core.training.trainer import run_segment
+from qure_core.training.trainer import remove_scratch, run_segment
 
 # Settings that may change between a run and its resumption: they do not change its result.
 _FREE = {
@@ -186,8 +186,7 @@ def starting_checkpoint(settings: Settings, plan: Plan, train: Split) -> None:
     if (latest_epoch(run_dir, "pretrain") or 0) < done:
         segment = Segment("pretrain", run_dir, settings.resolved(), done)
         run_segment(segment, settings.cluster, plan)
-    source = storage.local_directory(checkpoint_uri(run_dir, "pretrain", done), "checkpoint")
-    model, processor = load_model(str(source))
+    model, processor = load_model(checkpoint_uri(run_dir, "pretrain", done))
     model.freeze_vision_encoder()
     origin = f"{done} epochs of image-text pretraining on {len(captions)} captions"
     save_checkpoint(start, model, processor, {"stage": "train", "epoch": 0, "origin": origin})
@@ -279,6 +278,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 run_segment(segment, settings.cluster, plan)
             track(settings, write_metrics(run_dir))
         run_lease.check()
+        remove_scratch(run_dir)
         report = build_report(settings, train, val)
         summary = {
             "evaluations": {

@@ -25,6 +25,16 @@ def _worker(config: dict[str, Any]) -> None:
     train_segment(Segment(**config["segment"]), config["board"])
 
 
+def _scratch(run_dir: str) -> str:
+    """Where Ray Train keeps notes of its own, of which nothing is needed after a segment."""
+    return storage.join(run_dir, "ray_train")
+
+
+def remove_scratch(run_dir: str) -> None:
+    """Remove what drivers that were killed left of Ray Train's notes."""
+    storage.remove(_scratch(run_dir))
+
+
 def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
     """Run a segment to its last epoch on ``cluster.train_workers`` workers.
 
@@ -32,7 +42,7 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
     from its newest checkpoint. Bad input met by a worker is raised as `InputError`.
     """
     name = f"{segment.stage}-{segment.last_epoch}-{uuid.uuid4().hex[:8]}"
-    scratch = storage.join(segment.run_dir, "ray_train")
+    scratch = _scratch(segment.run_dir)
     arrow_filesystem, arrow_path = storage.arrow_filesystem(scratch)
     monitor = current()
     if monitor:
@@ -65,7 +75,7 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
             raise InputError(message) from None
         raise
     finally:
-        storage.remove(scratch)
+        storage.remove(storage.join(scratch, name))  # only this driver's: another may have begun
 
 
 def _input_error(error: BaseException) -> str | None:
