@@ -20,7 +20,8 @@ GOLDENS = Path(__file__).parent / "goldens"
 # Nothing here may reach a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Each test and pipeline has a Ray of its own, whatever else runs on this machine.
+# Each test and pipeline has a Ray of its own, whatever else runs on this machine, but for those
+# that use the standing_cluster.
 os.environ["RAY_ADDRESS"] = "local"
 
 
@@ -37,19 +38,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def local_ray() -> Iterator[str]:
+    """This process's own Ray, by its address."""
     import ray
 
     from qure_core.resources import connect
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
     connect()
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
+@pytest.fixture
+def standing_cluster(local_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines run on this process's Ray: to start one takes longer than a small job does."""
+    monkeypatch.setenv("RAY_ADDRESS", local_ray)
+
+
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, local_ray: str) -> Path:
     """A drawn world of 120 images, 60 train and 24 val triplets."""
     from qure_core.config import WorldSettings
     from qure_core.data.world import make_world

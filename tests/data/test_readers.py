@@ -202,7 +202,7 @@ def test_jsonl_layout(tmp_path: Path) -> None:
     assert "target 'c' is outside images/shoes/" in found
 
 
-def test_validate_decodes_every_image(fashion: Path, local_ray: None) -> None:
+def test_validate_decodes_every_image(fashion: Path, local_ray: str) -> None:
     data = DataSettings(format="fashioniq", root=str(fashion))
     picture(fashion / "images/b2.png", "P")
     Image.new("CMYK", (5, 5)).save(fashion / "images/hat/h2.jpg")

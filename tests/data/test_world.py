@@ -50,7 +50,7 @@ def test_captions_tell_the_target_apart() -> None:
                 assert all(word in text or "no sleeves" in text for text in texts), texts
 
 
-def test_same_settings_give_the_same_bytes(tmp_path: Path, local_ray: None) -> None:
+def test_same_settings_give_the_same_bytes(tmp_path: Path, local_ray: str) -> None:
     for name in ("a", "b"):
         make_world(str(tmp_path / name), SMALL)
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))

@@ -82,7 +82,7 @@ def images(tmp_path: Path) -> dict[str, str]:
 def built(
     checkpoint: tuple[str, QuReModel, QuReProcessor],
     tmp_path_factory: pytest.TempPathFactory,
-    local_ray: None,
+    local_ray: str,
 ) -> tuple[str, dict[str, str]]:
     """A store, not to be changed, and its images."""
     folder = tmp_path_factory.mktemp("built")
@@ -144,7 +144,7 @@ def test_only_what_changed_is_encoded_again(
     images: dict[str, str],
     checkpoint: tuple[str, QuReModel, QuReProcessor],
     tmp_path: Path,
-    local_ray: None,
+    local_ray: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     uri = checkpoint[0]
@@ -202,7 +202,7 @@ def test_bad_images_matter_only_to_those_who_need_them(
     images: dict[str, str],
     checkpoint: tuple[str, QuReModel, QuReProcessor],
     tmp_path: Path,
-    local_ray: None,
+    local_ray: str,
 ) -> None:
     uri = checkpoint[0]
     settings = settings_of(tmp_path, features="required", model={"vision_precision": "fp32"})

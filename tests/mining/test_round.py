@@ -78,7 +78,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def sampled(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> list[dict[str, Any]]:
+def sampled(tmp_path_factory: pytest.TempPathFactory, local_ray: str) -> list[dict[str, Any]]:
     """The set by sorting, of at most 40 negatives a query."""
     folder = tmp_path_factory.mktemp("sampled")
     manifest = mine(folder, engine="sort", max_negatives=40)
@@ -108,7 +108,7 @@ def test_engines_and_cuts_give_the_same_set(
     assert f"({mining['engine']} engine)" in round_table(manifest)
 
 
-def test_whole_sets_are_the_same_too(tmp_path: Path, local_ray: None) -> None:
+def test_whole_sets_are_the_same_too(tmp_path: Path, local_ray: str) -> None:
     for engine in ("sort", "streaming"):
         mine(tmp_path / engine, engine=engine, window_quantile=0.5, min_steepness=2.0)
     assert rows(tmp_path / "streaming") == rows(tmp_path / "sort")
@@ -121,9 +121,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {name: facts["sha256"] for name, facts in manifest["files"].items()}
 
 
-def test_a_killed_driver_a_killed_worker_and_a_deleted_file(
-    tmp_path: Path, local_ray: None
-) -> None:
+def test_a_killed_driver_a_killed_worker_and_a_deleted_file(tmp_path: Path, local_ray: str) -> None:
     """Each ends, with the same call again, in the same bytes."""
     mining = {"engine": "streaming", "max_negatives": 40, "corpus_range": 1024, "query_block": 256}
     mine(tmp_path / "whole", **mining)
@@ -178,7 +176,7 @@ def kill_one_worker() -> bool:
     return False
 
 
-def test_reduced_precision_says_what_it_changes(tmp_path: Path, local_ray: None) -> None:
+def test_reduced_precision_says_what_it_changes(tmp_path: Path, local_ray: str) -> None:
     manifest = mine(tmp_path, precision="bf16", stored="fp16")
     check = manifest["precision_check"]
     assert check["sampled"] == 256
@@ -282,7 +280,7 @@ def test_a_lost_lease_stops_the_commit(tmp_path: Path, monkeypatch: pytest.Monke
     assert storage.read_json(lease.uri) == other  # not ours to remove
 
 
-def test_targets_in_a_tile_of_one_image(tmp_path: Path, local_ray: None) -> None:
+def test_targets_in_a_tile_of_one_image(tmp_path: Path, local_ray: str) -> None:
     """A product of one column may take another kernel: tiles are whole, so it does not."""
     split = make_split(queries=40, images=257)
     last = split.galleries["all"][-1]

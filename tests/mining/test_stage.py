@@ -177,7 +177,7 @@ def test_a_lost_shard_of_embeddings_is_made_again(
     assert ids == sorted(fewer.corpus)
 
 
-def test_many_tiles_do_not_change_scores(tmp_path: Path, local_ray: None) -> None:
+def test_many_tiles_do_not_change_scores(tmp_path: Path, local_ray: str) -> None:
     """Tiles are cut from the whole lists, so a block of 128 or 384 queries scores the same."""
     from qure_core.data.schema import Triplet
     from qure_core.embedding_shards import EMBEDDINGS_KIND

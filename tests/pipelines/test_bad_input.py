@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Runner
 
+pytestmark = pytest.mark.usefixtures("standing_cluster")
 SMALL = ["--cluster.gpus=none", "--train.epochs=2", "--train.mining_definitions=1"]
 
 

@@ -23,6 +23,7 @@ from qure_core.evaluation.protocols import (
 from qure_core.model import QuReConfig, QuReModel, QuReProcessor, learn_tokenizer
 from qure_core.training.checkpoints import save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("standing_cluster")
 IMAGE_PATH = r'/-/image_data/[^"]+'
 
 

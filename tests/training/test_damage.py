@@ -52,6 +52,7 @@ def test_a_full_disk_in_training_loses_nothing(
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.usefixtures("standing_cluster")
 def test_a_truncated_part_of_a_round_is_made_again(
     finished: tuple[Path, str], world: Path, tmp_path: Path, run_pipeline: Runner
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_truncated_part_of_a_round_is_made_again(
     assert read_mined_set(str(part.parent)).table.num_rows == 90
 
 
+@pytest.mark.usefixtures("standing_cluster")
 def test_a_flipped_byte_is_noticed(
     finished: tuple[Path, str], world: Path, tmp_path: Path, run_pipeline: Runner
 ) -> None:

@@ -184,6 +184,7 @@ def test_a_changed_setting_is_refused_on_resume(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.usefixtures("standing_cluster")
 def test_mine_alone_gives_the_rounds_bytes(
     finished: tuple[Path, str], world: Path, tmp_path: Path, run_pipeline: Runner
 ) -> None:
