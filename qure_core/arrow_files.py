@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import pyarrow as pa
 
 from qure_core import storage
@@ -17,16 +15,11 @@ def arrow_bytes(table: pa.Table) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def file_facts(data: memoryview | bytes) -> dict[str, int | str]:
-    """A file's manifest entry: bytes and sha256."""
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
 def write_arrow(uri: str, table: pa.Table) -> dict[str, int | str]:
     """Write ``table`` as one Arrow IPC file; return its manifest entry (bytes, sha256)."""
     data = arrow_bytes(table)
     storage.write_bytes(uri, data)
-    return file_facts(data)
+    return storage.file_facts(data)
 
 
 def read_arrow(uri: str) -> pa.Table:

@@ -286,6 +286,11 @@ def remove(uri: str) -> None:
             raise OSError(errno.EIO, "the storage did not remove all of it", uri)
 
 
+def file_facts(data: memoryview | bytes) -> dict[str, int | str]:
+    """A file's manifest entry: bytes and sha256."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def file_digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -347,14 +352,14 @@ def write_manifest(
     ``known`` has the entries (``bytes``, ``sha256``) of those whose writers told them; the others
     are read.
     """
-    fs, path = filesystem(uri)
     wanted = set(names)
     files = {name: facts for name, facts in (known or {}).items() if name in wanted}
+    if files:
+        for name, found in faults(uri, {"files": files}).items():
+            written = files[name]["bytes"]
+            raise OSError(errno.EIO, f"{found}, where {written} bytes were written", name)
     for name in sorted(wanted - set(files)):
-        data = fs.cat_file(join(path, name))
-        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    for name, found in faults(uri, {"files": files}).items():
-        raise OSError(errno.EIO, f"{found}, where {files[name]['bytes']} bytes were written", name)
+        files[name] = file_facts(read_bytes(join(uri, name)))
     commit(uri, kind, description, files)
 
 
@@ -421,12 +426,14 @@ def is_committed(uri: str) -> bool:
     return exists(join(uri, MANIFEST))
 
 
-def read_manifest(uri: str, kind: str) -> dict[str, Any]:
-    """Read the manifest of a committed directory, checking its kind and every file's size."""
+def read_manifest(uri: str, kind: str | None) -> dict[str, Any]:
+    """Read the manifest of a committed directory, checking every file's size and, unless None,
+    its kind."""
     if not is_committed(uri):
-        raise InputError(f"{uri}: no {MANIFEST}, so this is not a finished {kind}")
+        raise InputError(f"{uri}: no {MANIFEST}, so this is not a finished {kind or 'directory'}")
     manifest: dict[str, Any] = read_json(join(uri, MANIFEST))
-    _check_kind(uri, manifest, kind)
+    if kind is not None:
+        _check_kind(uri, manifest, kind)
     for name, found in faults(uri, manifest).items():
         raise InputError(
             f"{join(uri, name)}: {found}, but its manifest says "
@@ -459,7 +466,7 @@ def local_copy(source: str, leave_out: Collection[str] = ()) -> Iterator[str]:
     """
     files: dict[str, dict[str, Any]] = {}
     if is_committed(source):
-        files = read_manifest(source, read_json(join(source, MANIFEST))["kind"])["files"]
+        files = read_manifest(source, None)["files"]
         files = {name: facts for name, facts in files.items() if name not in leave_out}
     elif "://" in source and not exists(source):
         raise InputError(f"{source}: no such file or directory")

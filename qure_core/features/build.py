@@ -28,7 +28,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from qure_core import storage
-from qure_core.arrow_files import arrow_bytes, file_facts
+from qure_core.arrow_files import arrow_bytes
 from qure_core.config import ClusterSettings, Settings
 from qure_core.data.hashing import image_digests
 from qure_core.data.images import decode, preprocess_to_bytes, read_image_bytes
@@ -328,7 +328,7 @@ class _Encoder:
             ids = pa.array([row["image_id"][i] for i in good])
             column = pa.FixedShapeTensorArray.from_numpy_ndarray(features)
             data = arrow_bytes(pa.table({"image_id": ids, "features": column}))
-            facts = file_facts(data)
+            facts = storage.file_facts(data)
             shard = f"shard-{str(facts['sha256'])[:32]}.arrow"
             storage.write_bytes(storage.join(self.uri, shard), data)
             tokens, width = features.shape[1:]
@@ -436,7 +436,7 @@ def _commit(
         if image not in held:
             quarantined.setdefault(image, facts)
     data = parquet_bytes(table)
-    facts = file_facts(data)
+    facts = storage.file_facts(data)
     name = f"index-{str(facts['sha256'])[:16]}.parquet"
     storage.write_bytes(storage.join(uri, name), data)
     files = {shard: facts_of[shard] for shard in sorted(set(table["shard"].to_pylist()))}

@@ -35,9 +35,10 @@ def main() -> None:
     parser.add_argument("--clip", help="Hugging Face CLIP for the encoder: path, URI, hub id")
     parser.add_argument("--blip2", help="Hugging Face BLIP-2 for the Q-Former: path, URI, hub id")
     chosen = parser.parse_args()
-    heads = {"vision_heads": chosen.vision_heads, "qformer_heads": chosen.qformer_heads}
     with storage.local_copy(chosen.source) as file:
-        model = load_lavis_checkpoint(file, **heads)
+        model = load_lavis_checkpoint(
+            file, vision_heads=chosen.vision_heads, qformer_heads=chosen.qformer_heads
+        )
     if chosen.clip:
         fill_vision_encoder(model, chosen.clip)
     if chosen.blip2:
