@@ -15,10 +15,12 @@ from typing import Any
 
 from qure_core import storage
 from qure_core.config import load_settings
-from qure_core.errors import run_main
+from qure_core.errors import InputError, run_main
 from qure_core.evaluation.published import comparison_table
 from qure_core.evaluation.run_protocol import PROTOCOLS, evaluate_protocol
 from qure_core.resources import connect, plan_resources
+
+RESULT = ("protocol", "checkpoint", "data", "result", "uri")
 
 
 def tables(protocol: str, result: dict[str, Any]) -> list[str]:
@@ -46,6 +48,19 @@ def tables(protocol: str, result: dict[str, Any]) -> list[str]:
     return [f"submission for {result['queries']:,} queries, checked against the server's rules"]
 
 
+def check_result_file(output: str, protocol: str) -> None:
+    """Raise `InputError` if another file than an earlier result has the name of this one's."""
+    file = storage.join(output, f"{protocol}.json")
+    if not storage.exists(file):
+        return
+    found = storage.read_json(file)
+    if not isinstance(found, dict) or set(found) != set(RESULT):
+        raise InputError(
+            f"output: {file} is no result of this project, and the result would take its place; "
+            "choose another directory"
+        )
+
+
 def main() -> None:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--checkpoint", required=True, help="checkpoint directory: a path or URI")
@@ -56,6 +71,7 @@ def main() -> None:
         sys.argv[1:], "pipelines/evaluate.py", "Evaluate a checkpoint under a protocol.", options
     )
     output = storage.resolve(chosen.output)
+    check_result_file(output, chosen.protocol)
     storage.check_writable(output, "output")
     connect()
     manifest = evaluate_protocol(
@@ -67,8 +83,7 @@ def main() -> None:
         storage.resolve(chosen.judged) if chosen.judged else None,
     )
     storage.write_json(
-        storage.join(output, f"{chosen.protocol}.json"),
-        {name: manifest[name] for name in ("protocol", "checkpoint", "data", "result", "uri")},
+        storage.join(output, f"{chosen.protocol}.json"), {name: manifest[name] for name in RESULT}
     )
     print("\n".join(tables(chosen.protocol, manifest["result"])))
     for name in manifest["files"]:

@@ -20,11 +20,18 @@ from qure_core.data import load_split, mining_galleries
 from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.errors import InputError, run_main
 from qure_core.mining.mined_set import MINED_KIND
-from qure_core.mining.stage import hold_round, mine_round, round_facts, round_table
+from qure_core.mining.stage import (
+    check_round_place,
+    hold_round,
+    mine_round,
+    round_facts,
+    round_table,
+)
 from qure_core.monitor import monitored
 from qure_core.resources import connect, plan_resources
 from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
 from qure_core.training.layout import round_uri
+from qure_core.training.place import claim_run
 from qure_core.training.run import check_settings
 
 
@@ -59,9 +66,11 @@ def mine(arguments: list[str]) -> None:
         output = storage.resolve(chosen.output).rstrip("/")
     else:
         output = round_uri(settings.run.dir, epoch)
+        claim_run(settings.run.dir)
         # The run's own training reads this round.
         check_settings(settings, ["run", "data", "model", "mining", "cluster"])
     storage.check_writable(output.rsplit("/", 1)[0], "output" if chosen.output else "run.dir")
+    check_round_place(output, "output" if chosen.output else "run.dir")
     split = load_split(settings.data, "train")
     corpora = mining_galleries(settings.data, split)
     facts = round_facts(settings, checkpoint, split, corpora, epoch)

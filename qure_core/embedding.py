@@ -268,7 +268,7 @@ def embed_splits(
         if storage.kept(job.output, EMBEDDINGS_KIND, keys[job.output]):
             continue
         own = _shards(job, cluster.embed_batch, shards)
-        done = storage.resume(job.output, keys[job.output] | {"shards": len(own)})
+        done = storage.resume(job.output, EMBEDDINGS_KIND, keys[job.output] | {"shards": len(own)})
         shards_of[job.output] = [row["image_id"][0][0] for row in own]
         rows += [row for row in own if not set(shard_files(row["shard"][0])) <= done]
     if not shards_of:

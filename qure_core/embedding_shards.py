@@ -11,8 +11,8 @@ import numpy as np
 from qure_core import storage
 from qure_core.arrow_files import read_arrow
 
-EMBEDDINGS_KIND = "embeddings"
-CHECKPOINT_KIND = "checkpoint"
+EMBEDDINGS_KIND = storage.Kind("embeddings", r"(images|queries)-\d{5}\.arrow|shapes\.json")
+CHECKPOINT_KIND = storage.Kind("checkpoint", r"(?!)")  # its files are those that it lists
 OPTIMIZER_FILE = "optimizer.pt"  # of a checkpoint; only training reads it
 
 

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from qure_core import storage
-from qure_core.errors import BusyError
+from qure_core.errors import BusyError, InputError
+from qure_core.storage.owner import lives, this_process
 
 BEAT = 5.0  # seconds between rewrites
 PATIENCE = 20.0  # seconds of silence after which a holder is gone
@@ -45,24 +44,6 @@ class Lease:
             )
 
 
-def _process_start(process: int) -> str | None:
-    """When a process of this namespace started, in ticks since boot; None if there is none."""
-    try:
-        text = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return None
-    return text.rsplit(")", 1)[1].split()[19]
-
-
-def _place() -> str:
-    """This boot of this machine and this process namespace; empty if they cannot be told."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
 def _read(uri: str) -> bytes | None:
     try:
         return storage.read_bytes(uri)
@@ -79,11 +60,15 @@ def _parse(data: bytes | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _lives(holder: dict[str, Any]) -> bool | None:
-    """Whether the holder's process lives; None if that cannot be seen from here."""
-    if not holder or not _place() or holder.get("place") != _place():
-        return None
-    return _process_start(int(holder["process"])) == holder["started"]
+def _check_ours(uri: str, data: bytes) -> None:
+    """Raise `InputError` for a file that no holder wrote, whole or in part: it is not removed."""
+    holder = _parse(data)
+    ours = "token" in holder if holder else not data or data.startswith(b'{"')
+    if not ours:
+        raise InputError(
+            f"{uri}: a file of this name says which process works here, and this one was not "
+            "written by one; move it away, or choose another directory"
+        )
 
 
 def _busy(uri: str, holder: dict[str, Any]) -> BusyError:
@@ -99,9 +84,9 @@ def _busy(uri: str, holder: dict[str, Any]) -> BusyError:
 def _outlast(uri: str, data: bytes) -> None:
     """Return when whoever wrote ``data`` is gone; raise `BusyError` at a sign of life."""
     holder = _parse(data)
-    lives = _lives(holder)
-    end = time.monotonic() + (0 if lives is False else PATIENCE)
-    if lives:
+    alive = lives(holder)
+    end = time.monotonic() + (0 if alive is False else PATIENCE)
+    if alive:
         raise _busy(uri, holder)
     while time.monotonic() < end:
         time.sleep(min(1.0, BEAT / 5))
@@ -115,13 +100,14 @@ def _outlast(uri: str, data: bytes) -> None:
         if now != data:
             raise _busy(uri, _parse(now) or holder)
     if _read(uri) == data:
-        storage.remove(uri)
+        storage.remove_file(uri)
 
 
 def _take(uri: str, content: dict[str, Any]) -> None:
     for _ in range(3):
         found = _read(uri)
         if found is not None:
+            _check_ours(uri, found)
             _outlast(uri, found)
         made = storage.create(uri, json.dumps(content).encode())
         # If the answer was lost, what was asked again for is there already: one's own.
@@ -146,10 +132,7 @@ def hold(
     content: dict[str, Any] = {
         "what": what,
         "token": uuid.uuid4().hex,
-        "host": socket.gethostname(),
-        "place": _place(),
-        "process": os.getpid(),
-        "started": _process_start(os.getpid()),
+        **this_process(),
         "job": os.environ.get("RAY_JOB_ID", ""),
         "beat": 0,
     }
@@ -190,4 +173,4 @@ def hold(
         done.set()
         thread.join()
         if _parse(_read(uri)).get("token") == content["token"]:
-            storage.remove(uri)
+            storage.remove_file(uri)

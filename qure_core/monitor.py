@@ -67,6 +67,24 @@ class Board:
         return self.where, epochs
 
 
+def _read_log(uri: str) -> list[bytes]:
+    """The lines of an event log that earlier jobs wrote; `InputError` for any other file."""
+    if not storage.exists(uri):
+        return []
+    lines = storage.read_bytes(uri).removesuffix(b"\n").split(b"\n")
+    try:
+        first = json.loads(lines[0])
+        ours = {"time", "job", "event"} <= set(first)
+    except (ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise InputError(
+            f"{uri}: the job's event log goes there, and this file is none; move it away, or "
+            "choose another directory"
+        )
+    return lines
+
+
 class Monitor:
     """The state of one job. ``uri`` is its event log, to which earlier jobs may have written."""
 
@@ -80,7 +98,7 @@ class Monitor:
         self._said = 0.0  # seconds without progress when it was last said
         self._seen: dict[int, dict[str, Any]] = {}
         self._gauges: dict[str, Gauge] = {}
-        self._lines = storage.read_bytes(uri).splitlines() if storage.exists(uri) else []
+        self._lines = _read_log(uri)
         self._written = len(self._lines)
         self._next_write = 0.0
         self._over = threading.Event()

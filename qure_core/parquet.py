@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,7 +24,7 @@ def write_parquet(uri: str, table: pa.Table) -> None:
 
 def write_parquet_parts(uri: str, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
     """Write tables of one schema as one file, a row group each, holding one at a time."""
-    with tempfile.TemporaryDirectory(prefix="qure-parquet-") as folder:
+    with storage.temporary_folder("parquet") as folder:
         file = f"{folder}/part.parquet"
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
             for table in tables:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "cluster"))
@@ -29,6 +30,7 @@ from qure_core.model import learn_tokenizer, load_lavis_checkpoint, load_model
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    s3fs.S3FileSystem.clear_instance_cache()  # of another module's server
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
@@ -51,8 +53,12 @@ def base(
     return f"s3://bucket/{request.node.name}"
 
 
+LETTER = storage.Kind("letter", r"\d+\.txt")
+ROUND = storage.Kind("round", r"part-\d+\.parquet")
+
+
 def commit(uri: str, text: str, files: int = 3) -> None:
-    with storage.committed_directory(uri, "letter") as (directory, description):
+    with storage.committed_directory(uri, LETTER) as (directory, description):
         for number in range(files):
             (directory / f"{number}.txt").write_text(text)
         description["text"] = text
@@ -62,7 +68,7 @@ def test_commits_appear_whole_and_are_replaced(base: str, server: S3Server) -> N
     uri = f"{base}/letter"
     commit(uri, "first")
     commit(uri, "second", files=2)
-    manifest = storage.read_manifest(uri, "letter")
+    manifest = storage.read_manifest(uri, LETTER)
     assert manifest["text"] == "second"
     assert sorted(manifest["files"]) == ["0.txt", "1.txt"]
     with storage.local_copy(uri) as directory:
@@ -76,7 +82,7 @@ def test_commits_appear_whole_and_are_replaced(base: str, server: S3Server) -> N
         pass
     server.files().pipe_file(f"{uri[5:]}/1.txt", b"sec")
     with pytest.raises(InputError, match="3 bytes, but its manifest says 6"):
-        storage.read_manifest(uri, "letter")
+        storage.read_manifest(uri, LETTER)
 
 
 def test_an_image_is_read_by_one_request(base: str, flaky: FlakyStorage, server: S3Server) -> None:
@@ -182,7 +188,7 @@ def test_work_goes_on_after_bad_moments(
     started = time.monotonic()
     try:
         commit(f"{base}/letter", "text")
-        assert storage.read_manifest(f"{base}/letter", "letter")["text"] == "text"
+        assert storage.read_manifest(f"{base}/letter", LETTER)["text"] == "text"
     finally:
         flaky.fail_every, flaky.delay = 0, 0.0
     elapsed = time.monotonic() - started
@@ -196,16 +202,16 @@ def test_work_goes_on_after_bad_moments(
 
 
 def test_what_is_not_deleted_is_not_taken_for_gone(base: str, flaky: FlakyStorage) -> None:
-    storage.resume(f"{base}/round", {"by": "old settings"})
+    storage.resume(f"{base}/round", ROUND, {"by": "old settings"})
     storage.write_bytes(f"{base}/round/part-00000.parquet", b"of old settings")
     flaky.answers["POST /bucket?delete"] = NOT_DELETED
     try:
         with pytest.raises(OSError, match=f"did not remove all of it.*{base}/round"):
-            storage.resume(f"{base}/round", {"by": "new settings"})
+            storage.resume(f"{base}/round", ROUND, {"by": "new settings"})
     finally:
         flaky.answers.clear()
-    assert storage.resume(f"{base}/round", {"by": "new settings"}) == set()
-    assert storage.list_names(f"{base}/round") == ["plan.json"]
+    assert storage.resume(f"{base}/round", ROUND, {"by": "new settings"}) == set()
+    assert storage.list_names(f"{base}/round") == ["_plan.json"]
 
 
 def test_a_lost_answer_is_no_other_holder(base: str, flaky: FlakyStorage) -> None:
@@ -241,7 +247,7 @@ def test_a_lease_outlives_a_storage_that_was_away(
 ) -> None:
     """A holder that could not beat for longer than PATIENCE is not taken for dead."""
     # As on another machine: the other's process cannot be seen.
-    monkeypatch.setattr(lease_module, "_lives", lambda holder: None)
+    monkeypatch.setattr(lease_module, "lives", lambda holder: None)
     with hold(base, "mining") as lease:
         flaky.away()
         threading.Timer(25, flaky.back).start()

@@ -9,6 +9,8 @@ import pytest
 from qure_core import storage
 from qure_core.errors import InputError
 
+THING = storage.Kind("thing", r"[ab]\.txt")
+
 
 @pytest.fixture(params=["local", "memory"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
@@ -16,7 +18,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def make(uri: str, text: str = "one") -> None:
-    with storage.committed_directory(uri, "thing") as (directory, description):
+    with storage.committed_directory(uri, THING) as (directory, description):
         (directory / "a.txt").write_text(text)
         description["answer"] = 42
 
@@ -24,7 +26,7 @@ def make(uri: str, text: str = "one") -> None:
 def test_commit_and_read_back(base: str) -> None:
     uri = storage.join(base, "thing")
     make(uri)
-    assert storage.read_manifest(uri, "thing")["answer"] == 42
+    assert storage.read_manifest(uri, THING)["answer"] == 42
     with storage.local_copy(uri) as directory:
         assert (Path(directory) / "a.txt").read_text() == "one"
     make(uri, "two")
@@ -37,7 +39,7 @@ def test_a_failed_body_leaves_nothing(base: str) -> None:
     uri = storage.join(base, "thing")
 
     def fail() -> None:
-        with storage.committed_directory(uri, "thing") as (directory, _):
+        with storage.committed_directory(uri, THING) as (directory, _):
             (directory / "a.txt").write_text("half")
             raise RuntimeError("stop")
 
@@ -51,19 +53,19 @@ def test_uncommitted_wrong_and_damaged_directories_are_refused(tmp_path: Path) -
     uri = str(tmp_path / "thing")
     os.makedirs(uri)
     with pytest.raises(InputError, match="not a finished thing"):
-        storage.read_manifest(uri, "thing")
+        storage.read_manifest(uri, THING)
     make(uri)
     with pytest.raises(InputError, match="holds a 'thing', where a 'mined set'"):
-        storage.read_manifest(uri, "mined set")
+        storage.read_manifest(uri, storage.Kind("mined set", ""))
     (tmp_path / "thing" / "a.txt").write_text("two")
     with pytest.raises(InputError, match=r"a\.txt: content differs"), storage.local_copy(uri):
         pass
     (tmp_path / "thing" / "a.txt").write_text("longer than before")
     with pytest.raises(InputError, match=r"a\.txt: 18 bytes, but its manifest says 3"):
-        storage.read_manifest(uri, "thing")
+        storage.read_manifest(uri, THING)
     (tmp_path / "thing" / "a.txt").unlink()
     with pytest.raises(InputError, match=r"a\.txt: missing"):
-        storage.read_manifest(uri, "thing")
+        storage.read_manifest(uri, THING)
 
 
 def test_files_told_by_their_writers_are_not_read_but_must_be_there(base: str) -> None:
@@ -71,16 +73,16 @@ def test_files_told_by_their_writers_are_not_read_but_must_be_there(base: str) -
     facts = {"bytes": 3, "sha256": "as told"}
     storage.write_bytes(storage.join(uri, "a.txt"), b"one")
     storage.write_bytes(storage.join(uri, "b.txt"), b"two")
-    storage.write_manifest(uri, "thing", {}, ["a.txt", "b.txt"], {"a.txt": facts, "old": facts})
-    files = storage.read_manifest(uri, "thing")["files"]
+    storage.write_manifest(uri, THING, {}, ["a.txt", "b.txt"], {"a.txt": facts, "old": facts})
+    files = storage.read_manifest(uri, THING)["files"]
     assert files == {
         "a.txt": facts,
         "b.txt": {"bytes": 3, "sha256": hashlib.sha256(b"two").hexdigest()},
     }
-    storage.remove(uri)
+    storage.discard(uri, THING)
     storage.write_bytes(storage.join(uri, "a.txt"), b"on")
     with pytest.raises(OSError, match=r"2 bytes, where 3 bytes were written: 'a\.txt'"):
-        storage.write_manifest(uri, "thing", {}, ["a.txt"], {"a.txt": facts})
+        storage.write_manifest(uri, THING, {}, ["a.txt"], {"a.txt": facts})
     assert not storage.is_committed(uri)
 
 

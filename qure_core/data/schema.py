@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from qure_core import storage
 from qure_core.parquet import read_committed_parquet
 
-SPLIT_KIND = "dataset split"
+SPLIT_KIND = storage.Kind("dataset split", r"(triplets|images|galleries)\.parquet")
 
 _TRIPLETS = pa.schema(
     [

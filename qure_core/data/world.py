@@ -26,7 +26,6 @@ from qure_core.config import WorldSettings
 from qure_core.errors import InputError
 from qure_core.seeds import generator
 
-WORLD_KIND = "world"
 RENDER_BATCH = 250
 
 CATEGORIES = ("coat", "dress", "shirt")
@@ -43,6 +42,11 @@ COLOURS = {
 PATTERNS = ("plain", "striped", "dotted", "checked")
 SLEEVES = ("sleeveless", "short-sleeved", "long-sleeved")
 LENGTHS = ("short", "long")
+WORLD_KIND = storage.Kind(
+    "world",
+    r"images/W\d{7}\.png|descriptions\.json|"
+    rf"(captions/cap|image_splits/split|relevance/rel)\.({'|'.join(CATEGORIES)})\.(train|val)\.json",
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -261,15 +265,13 @@ def make_world(root: str, world: WorldSettings) -> bool:
             f"data.root: {root} holds a world of other settings {manifest['settings']}; "
             "remove it or choose another data.root"
         )
-    if any(
-        name not in ("images", "captions", "image_splits", "relevance", "descriptions.json")
-        for name in storage.list_names(root)
-    ):
+    if storage.strangers(root, WORLD_KIND):
         raise InputError(
             f"data.root: {root} holds files of another dataset, where the built-in world would be "
             "drawn; set data.format to its layout, or choose another data.root"
         )
     plan = plan_world(world)
+    storage.resume(root, WORLD_KIND, facts)
     for split, count in (("train", world.train_triplets), ("val", world.val_triplets)):
         _write_annotations(root, plan, split, count, world.seed)
     descriptions = {

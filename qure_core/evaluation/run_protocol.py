@@ -24,7 +24,7 @@ from qure_core.data.hashing import image_digests
 from qure_core.data.layout import ImageFolder
 from qure_core.data.schema import Split, Triplet
 from qure_core.embedding import EmbedJob, embed_splits
-from qure_core.embedding_shards import EmbeddingShards, checkpoint_digest
+from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards, checkpoint_digest
 from qure_core.errors import InputError, Problem, raise_problems
 from qure_core.evaluation.metrics import fashioniq_summary
 from qure_core.evaluation.protocols import (
@@ -42,7 +42,8 @@ from qure_core.evaluation.stage import galleries_of, rank_queries, read_rows
 from qure_core.resources import Plan
 
 PROTOCOLS = ("fashioniq", "cirr", "cirr-test", "circo", "circo-test", "hp-fashioniq")
-RESULT_KIND = "protocol result"
+RESULT_KIND = storage.Kind("protocol result", r"(recall|recall_subset|submission)\.json")
+_RANKINGS_KIND = storage.Kind("unfinished ranking", r"part-\d{5}\.parquet")
 
 
 def _load(settings: Settings, protocol: str) -> Split:
@@ -118,20 +119,27 @@ def evaluate_protocol(
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
     uri = storage.join(output, f"{protocol}-{key}")
+    embeddings, rankings = f"{uri}-embeddings", f"{uri}-rankings"
+    places = ((uri, RESULT_KIND), (embeddings, EMBEDDINGS_KIND), (rankings, _RANKINGS_KIND))
+    for place, kind in places:
+        storage.check_place(place, kind, "output")
     if not storage.is_committed(uri):
         corpus = frozenset().union(*split.galleries.values())
-        job = EmbedJob(split, corpus, f"{uri}-embeddings")
+        job = EmbedJob(split, corpus, embeddings)
         embed_splits(checkpoint, [job], settings, plan)
         files: dict[str, Any] = {}
         if protocol == "hp-fashioniq":
-            result = _judge(job.output, pairs)
+            result = _judge(embeddings, pairs)
         else:
-            result, files = _measure(settings, plan, protocol, split, job.output, f"{uri}-rankings")
+            result, files = _measure(settings, plan, protocol, split, embeddings, rankings)
+        storage.begin(uri, RESULT_KIND)
         for name, value in files.items():
             storage.write_bytes(storage.join(uri, name), storage.compact_json(value))
         del facts["judgements"]
         storage.write_manifest(uri, RESULT_KIND, facts | {"result": result}, list(files))
-    storage.remove(f"{uri}-embeddings")  # also where a process was killed before it came here
+    # Also where a process was killed before it came here.
+    storage.discard(embeddings, EMBEDDINGS_KIND)
+    storage.discard(rankings, _RANKINGS_KIND)
     return storage.read_manifest(uri, RESULT_KIND) | {"uri": uri}
 
 
@@ -141,7 +149,8 @@ def _measure(
     """Rank under the protocol; return its figures and its submission files by name."""
 
     def rank(name: str, galleries: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
-        storage.remove(scratch)
+        storage.clear(scratch, _RANKINGS_KIND)
+        storage.begin(scratch, _RANKINGS_KIND)
         names = rank_queries(
             name,
             split,
@@ -154,7 +163,6 @@ def _measure(
             resources=plan.score,
         )
         rows = read_rows(scratch, names)
-        storage.remove(scratch)
         return rows
 
     if protocol == "fashioniq":

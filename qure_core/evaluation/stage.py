@@ -13,13 +13,13 @@ from qure_core import storage
 from qure_core.config import Settings
 from qure_core.data.schema import Split
 from qure_core.embedding import EmbedJob, embed_splits
-from qure_core.embedding_shards import EmbeddingShards, checkpoint_digest
+from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards, checkpoint_digest
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
 from qure_core.parquet import read_committed_parquet, read_parquet, write_parquet
 from qure_core.resources import Plan
 from qure_core.scoring import QueryBlock, make_blocks, map_blocks, score_block
 
-EVALUATION_KIND = "evaluation"
+EVALUATION_KIND = storage.Kind("evaluation", r"part-\d{5}\.parquet")
 
 
 def galleries_of(split: Split, kind: str) -> dict[str, tuple[str, ...]]:
@@ -141,9 +141,12 @@ def evaluate_checkpoint(
     }
     job = evaluation_job(settings, split, output)
     if manifest := storage.kept(output, EVALUATION_KIND, facts):
-        storage.remove(job.output)  # left by a process killed right after it committed
+        # Left by a process killed right after it committed.
+        storage.discard(job.output, EMBEDDINGS_KIND)
         return manifest
-    storage.remove(output)
+    storage.check_place(job.output, EMBEDDINGS_KIND)
+    storage.clear(output, EVALUATION_KIND)
+    storage.begin(output, EVALUATION_KIND)
     galleries = galleries_of(split, settings.evaluation.gallery)
     embed_splits(checkpoint, [job], settings, plan)
     names = rank_queries(
@@ -164,7 +167,7 @@ def evaluate_checkpoint(
         "metrics": summarise(rows),
     }
     storage.write_manifest(output, EVALUATION_KIND, description, names)
-    storage.remove(job.output)
+    storage.discard(job.output, EMBEDDINGS_KIND)
     return storage.read_manifest(output, EVALUATION_KIND)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -75,7 +76,10 @@ def build_store(
     another process fills the same store this one raises `BusyError`, or waits for it.
     """
     uri = key.uri(settings.feature_store.dir)
+    storage.check_place(uri, FEATURES_KIND, "feature_store.dir")
     with _writing(uri), hold(uri, "embedding", wait=wait) as lease:
+        if not storage.is_committed(uri):
+            storage.begin(uri, FEATURES_KIND)
         index, manifest = _committed(uri)
         index, manifest = _recovered(uri, index, manifest)
         stamps = storage.stamps(images.values())
@@ -120,7 +124,7 @@ def _committed(uri: str) -> tuple[pa.Table, dict[str, Any]]:
     """What the store there holds: index rows of shards that are whole, and the manifest."""
     if not storage.is_committed(uri):
         return INDEX_SCHEMA.empty_table(), {"files": {}, "quarantined": {}}
-    manifest = storage.read_json(storage.join(uri, storage.MANIFEST))
+    manifest = storage.read_json(str(storage.manifest_uri(uri)))
     lost = set(storage.faults(uri, manifest))
     if manifest["index"] in lost:
         return INDEX_SCHEMA.empty_table(), {"files": {}, "quarantined": {}}
@@ -133,8 +137,7 @@ def _recovered(
     uri: str, index: pa.Table, manifest: dict[str, Any]
 ) -> tuple[pa.Table, dict[str, Any]]:
     """With the shards of a build that did not come to its end, whatever it was asked for."""
-    names = [name for name in storage.list_names(uri) if name.startswith("record-")]
-    records = _read_records(uri, names)
+    records = _read_records(uri, _records_in(uri))
     shards = {record["shard"]: record["facts"] for record in records if "shard" in record}
     lost = set(storage.faults(uri, {"files": shards}))
     rows = {row["uri"]: row for row in index.to_pylist()}
@@ -199,6 +202,10 @@ def _pieces(wanted: list[dict[str, str]], size: int) -> dict[str, list[dict[str,
 
 def _record_name(piece: str) -> str:
     return f"record-{piece}.json"
+
+
+def _records_in(uri: str) -> list[str]:
+    return [n for n in storage.list_names(uri) if re.fullmatch(r"record-[0-9a-f]{16}\.json", n)]
 
 
 _PIECE = pa.schema(
@@ -456,9 +463,7 @@ def _commit(
         }
     )
     storage.commit(uri, FEATURES_KIND, description, files)
-    for left in storage.list_names(uri):
-        if left.startswith("record-"):
-            storage.remove(storage.join(uri, left))
+    storage.remove_files(uri, _records_in(uri))
     return storage.read_manifest(uri, FEATURES_KIND)
 
 
@@ -466,8 +471,10 @@ def prune_store(uri: str) -> int:
     """Remove what the manifest does not name; no job may be reading the store. Returns a count."""
     with hold(uri, "embedding"):
         manifest = storage.read_manifest(uri, FEATURES_KIND)
-        known = {storage.MANIFEST, *manifest["files"]}
-        left = [name for name in storage.list_names(uri) if name not in known and name[:1] != "."]
-        for name in left:
-            storage.remove(storage.join(uri, name))
+        left = [
+            name
+            for name in storage.list_names(uri)
+            if re.fullmatch(FEATURES_KIND.files, name) and name not in manifest["files"]
+        ]
+        storage.remove_files(uri, left)
     return len(left)

@@ -32,7 +32,10 @@ from qure_core.arrow_files import read_arrow
 from qure_core.errors import InputError
 from qure_core.parquet import read_committed_parquet
 
-FEATURES_KIND = "feature store"
+FEATURES_KIND = storage.Kind(
+    "feature store",
+    r"index-[0-9a-f]{16}\.parquet|shard-[0-9a-f]{32}\.arrow|record-[0-9a-f]{16}\.json",
+)
 INDEX_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),

@@ -45,7 +45,7 @@ def _check(uri: str, images: dict[str, str]) -> tuple[str | None, bool]:
     """Why a store cannot serve ``images``, or None; and whether files were touched since."""
     if not storage.is_committed(uri):
         return f"there is none of this encoder, preprocessing and precision ({uri})", False
-    manifest = storage.read_json(storage.join(uri, storage.MANIFEST))
+    manifest = storage.read_json(str(storage.manifest_uri(uri)))
     if lost := sorted(storage.faults(uri, manifest)):
         return f"{len(lost):,} of its files are missing or cut short, first {lost[0]}", False
     store = FeatureStore(uri, manifest)

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from qure_core import storage
 from qure_core.parquet import read_committed_parquet
 
-MINED_KIND = "mined set"
+# The names beside the parts begin with an underscore, which readers of Parquet directories skip.
+MINED_KIND = storage.Kind("mined set", r"part-\d{5}\.parquet", "_manifest.json")
 SCHEMA_VERSION = 2
 
 _DROP = pa.struct(

@@ -45,6 +45,7 @@ from qure_core.mining.tasks import (
 from qure_core.resources import Plan
 from qure_core.scoring import BYTES_PER_SCORE, QueryBlock, make_blocks, map_blocks
 
+SCRATCH_KIND = storage.Kind("mining scratch", r"(anchors-\d{5}|summary-\d{5}-\d+-\d{5})\.npz")
 ROUNDS = "rounds"  # the folder of a run's mined sets
 STREAMING_FROM = 100_000
 """Corpus images from which "auto" streams (tests/benchmarks/mining.py measures the crossover)."""
@@ -74,9 +75,10 @@ def mine_round(
     scratch = f"{output}-scratch"
     if manifest := storage.kept(output, MINED_KIND, facts):
         # A process that was killed between the commit and its tidying left these.
-        storage.remove(job.output)
-        storage.remove(scratch)
+        storage.discard(job.output, EMBEDDINGS_KIND)
+        storage.discard(scratch, SCRATCH_KIND)
         return manifest
+    check_round_place(output)
     check_corpora(split, corpora)
     embed_splits(checkpoint, [job], settings, plan, mining.corpus_shards)
     # The pass may have been made, for this and other stages together, before this call.
@@ -85,9 +87,9 @@ def mine_round(
     engine = choose_engine(settings, corpora)
     blocks = _blocks(settings, engine, split.triplets, corpora)
     layout = {"engine": engine, "blocks": [[b.category, len(b.triplets)] for b in blocks]}
-    storage.resume(output, facts | layout)
+    storage.resume(output, MINED_KIND, facts | layout)
     columns = mining.corpus_range or _range_columns(blocks, plan)
-    storage.resume(scratch, facts | layout | {"range": columns})
+    storage.resume(scratch, SCRATCH_KIND, facts | layout | {"range": columns})
     task = RoundTask(
         embeddings_uri=job.output,
         output=output,
@@ -130,9 +132,19 @@ def mine_round(
         description["precision_check"] = precision_check(task, blocks, plan)
     lease.check()
     storage.write_manifest(output, MINED_KIND, description, [part_name(b.number) for b in blocks])
-    storage.remove(job.output)
-    storage.remove(scratch)
+    storage.discard(job.output, EMBEDDINGS_KIND)
+    storage.discard(scratch, SCRATCH_KIND)
     return storage.read_manifest(output, MINED_KIND)
+
+
+def check_round_place(output: str, setting: str = "") -> None:
+    """Raise `InputError` if a round made at ``output`` would meet files that are not ours."""
+    for uri, kind in (
+        (output, MINED_KIND),
+        (f"{output}-embeddings", EMBEDDINGS_KIND),
+        (f"{output}-scratch", SCRATCH_KIND),
+    ):
+        storage.check_place(uri, kind, setting)
 
 
 def hold_round(output: str, *, wait: bool = False) -> AbstractContextManager[Lease]:

@@ -12,11 +12,24 @@ from __future__ import annotations
 import argparse
 
 from qure_core import storage
-from qure_core.errors import run_main
+from qure_core.embedding_shards import CHECKPOINT_KIND
+from qure_core.errors import InputError, run_main
 from qure_core.model.lavis import load_lavis_checkpoint
 from qure_core.model.pretrained import fill_qformer, fill_vision_encoder, load_tokenizer
 from qure_core.model.processing import QuReProcessor
 from qure_core.training.checkpoints import save_checkpoint
+
+
+def check_target(target: str, source: str) -> None:
+    """Raise `InputError` if anything but an earlier conversion of ``source`` is at ``target``."""
+    storage.check_place(target, CHECKPOINT_KIND, "target")
+    if storage.is_committed(target):
+        found = storage.read_manifest(target, CHECKPOINT_KIND)
+        if (found.get("epoch"), found.get("origin")) != (0, source):
+            raise InputError(
+                f"target: {target} holds another checkpoint, made from {found.get('origin')!r}; "
+                "choose another directory"
+            )
 
 
 def main() -> None:
@@ -35,6 +48,8 @@ def main() -> None:
     parser.add_argument("--clip", help="Hugging Face CLIP for the encoder: path, URI, hub id")
     parser.add_argument("--blip2", help="Hugging Face BLIP-2 for the Q-Former: path, URI, hub id")
     chosen = parser.parse_args()
+    target = storage.resolve(chosen.target)
+    check_target(target, chosen.source)
     with storage.local_copy(chosen.source) as file:
         model = load_lavis_checkpoint(
             file, vision_heads=chosen.vision_heads, qformer_heads=chosen.qformer_heads
@@ -48,7 +63,6 @@ def main() -> None:
         model.config.vision["image_size"],
         model.config.max_text_tokens,
     )
-    target = storage.resolve(chosen.target)
     facts = {"stage": "train", "epoch": 0, "origin": str(chosen.source)}
     save_checkpoint(target, model, processor, facts)
     count = sum(p.numel() for p in model.parameters())

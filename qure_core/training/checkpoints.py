@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import pickle
+import re
 import shutil
 from typing import Any
 
@@ -64,25 +65,22 @@ def load_optimizer(uri: str) -> dict[str, Any] | None:
     return state
 
 
+def committed_epochs(run_dir: str, stage: str) -> list[int]:
+    """The epochs of ``stage`` whose checkpoints are committed, in order."""
+    folder = storage.join(run_dir, "checkpoints")
+    names = (re.fullmatch(rf"{stage}-(\d{{4,}})", name) for name in storage.list_names(folder))
+    return sorted(
+        int(name[1]) for name in names if name and storage.is_committed(f"{folder}/{name[0]}")
+    )
+
+
 def latest_epoch(run_dir: str, stage: str) -> int | None:
     """The newest committed epoch of ``stage``, or None."""
-    folder = storage.join(run_dir, "checkpoints")
-    epochs = [
-        int(name.rsplit("-", 1)[1])
-        for name in storage.list_names(folder)
-        if name.startswith(f"{stage}-") and storage.is_committed(storage.join(folder, name))
-    ]
-    return max(epochs, default=None)
+    return max(committed_epochs(run_dir, stage), default=None)
 
 
 def prune_checkpoints(run_dir: str, stage: str, keep: set[int], newest: int) -> None:
     """Remove checkpoints of ``stage`` but the epochs in ``keep`` and the ``newest`` latest."""
-    folder = storage.join(run_dir, "checkpoints")
-    epochs = sorted(
-        int(name.rsplit("-", 1)[1])
-        for name in storage.list_names(folder)
-        if name.startswith(f"{stage}-") and storage.is_committed(storage.join(folder, name))
-    )
-    for epoch in epochs[:-newest]:
+    for epoch in committed_epochs(run_dir, stage)[:-newest]:
         if epoch not in keep:
-            storage.remove(checkpoint_uri(run_dir, stage, epoch))
+            storage.discard(checkpoint_uri(run_dir, stage, epoch), CHECKPOINT_KIND)

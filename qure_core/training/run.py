@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -42,6 +40,7 @@ from qure_core.resources import Plan, connect, plan_resources
 from qure_core.seeds import derive
 from qure_core.training.checkpoints import checkpoint_uri, latest_epoch, save_checkpoint
 from qure_core.training.layout import committed, evaluation_uri, round_uri
+from qure_core.training.place import check_apart, claim_run
 from qure_core.training.schedule import evaluation_epochs, mining_epochs, stage_boundaries
 from qure_core.training.segment import Segment
 from qure_core.training.tracking import Scalar, check_tracker, scalars, track
@@ -210,8 +209,9 @@ def used_images(
 def run(settings: Settings) -> dict[str, Any]:
     """Run the job to its end and return its summary; what is already done is not done again."""
     run_dir, train_settings = settings.run.dir, settings.train
-    storage.check_writable(run_dir, "run.dir")
+    check_apart(run_dir, settings.data.root)
     check_tracker(settings)
+    claim_run(run_dir)
     events = storage.join(run_dir, "events.jsonl")
     with (
         hold(run_dir, "training") as run_lease,
@@ -336,17 +336,13 @@ def write_metrics(run_dir: str) -> list[Scalar]:
     storage.write_bytes(storage.join(run_dir, "metrics.jsonl"), text.encode())
 
     values = scalars(lines)
-    staging = tempfile.mkdtemp(prefix="qure-tensorboard-")
-    try:
+    with storage.temporary_folder("tensorboard") as staging:
         writer = SummaryWriter(staging)
         for name, step, value in values:
             writer.add_scalar(name, value, step)
         writer.close()
-        target = storage.join(run_dir, "tensorboard")
-        storage.remove(target)
-        for name in os.listdir(staging):
-            with open(os.path.join(staging, name), "rb") as file:
-                storage.write_bytes(storage.join(target, name), file.read())
-    finally:
-        shutil.rmtree(staging)
+        (name,) = os.listdir(staging)
+        # Always one file of one name, which takes the place of the last.
+        target = storage.join(run_dir, "tensorboard", "events.out.tfevents.qure")
+        storage.put_file(os.path.join(staging, name), target)
     return values

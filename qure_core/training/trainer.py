@@ -16,6 +16,10 @@ from qure_core.monitor import current
 from qure_core.resources import Plan
 from qure_core.training.segment import Segment
 
+_NOTES_KIND = storage.Kind(
+    "note of Ray Train", r"(.*/)?(\.validate_storage_marker|[a-z_]+\.(json|pkl))"
+)
+
 
 def _worker(config: dict[str, Any]) -> None:
     # Imported here, so that Ray Train's controller, which unpickles this function, need not
@@ -32,7 +36,10 @@ def _scratch(run_dir: str) -> str:
 
 def remove_scratch(run_dir: str) -> None:
     """Remove what drivers that were killed left of Ray Train's notes."""
-    storage.remove(_scratch(run_dir))
+    scratch = _scratch(run_dir)
+    for name in storage.list_names(scratch):
+        storage.discard(storage.join(scratch, name), _NOTES_KIND)
+    storage.remove_empty_folder(scratch)
 
 
 def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
@@ -68,6 +75,7 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
             worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
         ),
     )
+    storage.begin(storage.join(scratch, name), _NOTES_KIND)
     try:
         trainer.fit()
     except Exception as error:
@@ -75,7 +83,8 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
             raise InputError(message) from None
         raise
     finally:
-        storage.remove(storage.join(scratch, name))  # only this driver's: another may have begun
+        # Only this driver's: another may have begun.
+        storage.discard(storage.join(scratch, name), _NOTES_KIND)
 
 
 def _input_error(error: BaseException) -> str | None:

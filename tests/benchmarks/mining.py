@@ -34,6 +34,7 @@ from qure_core import storage
 from qure_core.config import Settings
 from qure_core.data.schema import Split
 from qure_core.embedding_shards import CHECKPOINT_KIND
+from qure_core.mining.mined_set import MINED_KIND
 from qure_core.mining.rule import DropRule
 from qure_core.mining.stage import hold_round, mine_round, mining_job
 from qure_core.mining.tasks import RoundTask, _sorted_rows
@@ -231,7 +232,7 @@ def corpus_round(folder: str, images: int, queries: int, engine: str) -> None:
     # The round removes its embeddings; links keep the files for the next engine.
     subprocess.run(["cp", "-al", kept, hidden], check=True)
     output = f"{folder}/round"
-    storage.remove(output)
+    storage.discard(output, MINED_KIND)
     plan = plan_resources(settings.cluster)
     with hold_round(output) as lease:
         manifest = mine_round(settings, plan, checkpoint, split, split.galleries, output, 1, lease)

@@ -27,6 +27,7 @@ from qure_core.data import read_split
 from qure_core.mining import read_mined_set
 from qure_core.report.build import false_negative_share
 from qure_core.training.layout import committed, round_uri
+from qure_core.training.place import MARK, claim_run
 from qure_core.training.schedule import mining_epochs
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +58,10 @@ def warmed_up(config: str, out: Path, arguments: list[str]) -> tuple[Path, int]:
 def branch(source: Path, target: Path, epoch: int) -> None:
     """Copy what a run had done when the warm-up ended."""
     if target.exists():
+        claim_run(str(target))  # refuses what is no run
         shutil.rmtree(target)
     (target / "metrics").mkdir(parents=True)
+    shutil.copy(source / MARK, target)
     shutil.copytree(source / "data", target / "data")
     for folder, names in (
         ("checkpoints", ["pretrain-*", "train-0000", f"train-{epoch:04d}"]),

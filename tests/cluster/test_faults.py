@@ -76,8 +76,9 @@ def seen(cluster: RayCluster, title: str, job: Job) -> tuple[Node, psutil.Proces
 def check_same(server: S3Server, run: str, finished: Path, name: str) -> None:
     """A committed directory has the bytes of the undisturbed run's."""
     files = server.files()
-    ours = json.loads(files.cat_file(f"{run}/{name}/manifest.json"))["files"]
-    theirs = json.loads((finished / name / "manifest.json").read_text())["files"]
+    manifest = "_manifest.json" if name.startswith("rounds/") else "manifest.json"
+    ours = json.loads(files.cat_file(f"{run}/{name}/{manifest}"))["files"]
+    theirs = json.loads((finished / name / manifest).read_text())["files"]
     weights = [file for file in theirs if file.endswith((".safetensors", ".parquet"))]
     assert weights
     for file in weights:
@@ -202,7 +203,7 @@ def test_two_rounds_at_once_and_a_clock_that_is_wrong(
     (refused,) = (each for each in rounds if each.process.returncode)
     assert "in use: mining by process" in refused.output()
     assert "Traceback" not in refused.output()
-    theirs = json.loads((finished[0] / "rounds/epoch-0002/manifest.json").read_text())["files"]
+    theirs = json.loads((finished[0] / "rounds/epoch-0002/_manifest.json").read_text())["files"]
     for name in (name for name in theirs if name.endswith(".parquet")):
         assert (output / name).read_bytes() == (
             finished[0] / "rounds/epoch-0002" / name

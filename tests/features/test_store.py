@@ -193,7 +193,7 @@ def test_only_what_changed_is_encoded_again(
     assert usable_store(settings, plan, uri, more) is None
     assert f"missing or cut short, first {lost}" in capfd.readouterr().out
     assert 0 < build(settings, uri, more)["encoded"] <= 16
-    (store / "record-left.json").write_text("{}")
+    (store / "record-0123456789abcdef.json").write_text("{}")
     assert prune_store(str(store)) >= 1
     assert usable_store(settings, plan, uri, more) == str(store)
 
@@ -297,4 +297,4 @@ def test_a_node_fetches_a_shard_once(
     unwritable = StoredFeatures(remote, images, str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"feature_store\.cache_dir"):
         unwritable(names)
-    storage.remove("memory://features")
+    storage.filesystem("memory://features")[0].rm("/features", recursive=True)

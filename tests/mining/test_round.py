@@ -117,7 +117,7 @@ def test_whole_sets_are_the_same_too(tmp_path: Path, local_ray: str) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    manifest = json.loads((folder / "round/manifest.json").read_text())
+    manifest = json.loads((folder / "round/_manifest.json").read_text())
     return {name: facts["sha256"] for name, facts in manifest["files"].items()}
 
 
@@ -144,7 +144,7 @@ def test_a_killed_driver_a_killed_worker_and_a_deleted_file(tmp_path: Path, loca
         time.sleep(0.02)
     driver.kill()
     driver.wait()
-    assert not (folder / "round/manifest.json").exists()
+    assert not (folder / "round/_manifest.json").exists()
     # A summary that is lost is made again.
     next(iter(scratch.glob("summary-*"))).unlink()
 

@@ -19,11 +19,18 @@ from qure_core.config import DataSettings, Settings
 from qure_core.data import Split, load_split, mining_galleries
 from qure_core.data.images import load_image
 from qure_core.embedding import embed_splits
-from qure_core.embedding_shards import EmbeddingShards
+from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards
 from qure_core.errors import InputError
 from qure_core.mining import STATUSES, read_mined_set, steep_drop_negatives
 from qure_core.mining.mined_set import MINED_SCHEMA
-from qure_core.mining.stage import check_corpora, hold_round, mine_round, mining_job, round_table
+from qure_core.mining.stage import (
+    SCRATCH_KIND,
+    check_corpora,
+    hold_round,
+    mine_round,
+    mining_job,
+    round_table,
+)
 from qure_core.model import QuReModel, QuReProcessor, build_model, learn_tokenizer
 from qure_core.resources import plan_resources
 from qure_core.scoring import QUERY_TILE, make_blocks
@@ -180,7 +187,6 @@ def test_a_lost_shard_of_embeddings_is_made_again(
 def test_many_tiles_do_not_change_scores(tmp_path: Path, local_ray: str) -> None:
     """Tiles are cut from the whole lists, so a block of 128 or 384 queries scores the same."""
     from qure_core.data.schema import Triplet
-    from qure_core.embedding_shards import EMBEDDINGS_KIND
     from qure_core.scoring import QueryBlock, score_block
 
     rng = np.random.default_rng(0)
@@ -227,7 +233,7 @@ def test_manifest_commits_the_round(
     checkpoint: tuple[str, QuReModel, QuReProcessor],
     mined: str,
 ) -> None:
-    manifest = json.loads((Path(mined) / "manifest.json").read_text())
+    manifest = json.loads((Path(mined) / "_manifest.json").read_text())
     assert (
         manifest["queries"]
         == len(data[0].triplets)
@@ -254,14 +260,15 @@ def test_manifest_commits_the_round(
     assert (np.diff(row["curve_ranks"]) > 0).all()
     assert row["target_rank"] in row["curve_ranks"]
     # A second call finds the committed round, and what a kill after the commit left beside it.
-    before = (Path(mined) / "manifest.json").stat().st_mtime_ns
+    before = (Path(mined) / "_manifest.json").stat().st_mtime_ns
     leftovers = [Path(f"{mined}-embeddings"), Path(f"{mined}-scratch")]
-    for leftover in leftovers:
-        leftover.mkdir()
-        (leftover / "file").touch()
+    for leftover, kind in zip(leftovers, (EMBEDDINGS_KIND, SCRATCH_KIND), strict=True):
+        storage.begin(str(leftover), kind)
+    (leftovers[0] / "images-00000.arrow").touch()
+    (leftovers[1] / "anchors-00000.npz").touch()
     mine(data, checkpoint[0], mined)
     assert not any(leftover.exists() for leftover in leftovers)
-    assert (Path(mined) / "manifest.json").stat().st_mtime_ns == before
+    assert (Path(mined) / "_manifest.json").stat().st_mtime_ns == before
 
 
 def test_a_truncated_part_is_noticed(mined: str, tmp_path: Path) -> None:
@@ -274,7 +281,7 @@ def test_a_truncated_part_is_noticed(mined: str, tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-10])
     with pytest.raises(InputError, match=r"part-00000\.parquet: \d+ bytes, but its manifest says"):
         read_mined_set(str(copy))
-    (copy / "manifest.json").unlink()
+    (copy / "_manifest.json").unlink()
     with pytest.raises(InputError, match="not a finished mined set"):
         read_mined_set(str(copy))
 

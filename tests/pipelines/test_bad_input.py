@@ -29,7 +29,7 @@ def refused(run_pipeline: Runner, tmp_path: Path, *arguments: str) -> str:
     # Ray's own helpers may log tracebacks behind a prefix; the job itself must not end in one.
     assert not any(line.startswith("Traceback") for line in result.stderr.splitlines())
     assert "error: " in result.stderr
-    assert not list(run_dir.glob("rounds/*/manifest.json"))
+    assert not list(run_dir.glob("rounds/*/_manifest.json"))
     return result.stderr
 
 

@@ -90,4 +90,4 @@ def test_a_flipped_byte_is_noticed(
     result = run_pipeline("mine", *job(world, run_dir), checkpoint, f"--output={tmp_path}/out")
     assert result.returncode == 2, result.stdout + result.stderr
     assert "model.safetensors: content differs from its manifest's SHA-256" in result.stderr
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out" / "_manifest.json").exists()

@@ -1,10 +1,7 @@
-"""Files behind URIs, and directories that appear whole or not at all.
+"""Files behind URIs: reading, writing them whole, removing them, and what a storage's errors say.
 
 Every path the pipelines take is a URI that fsspec understands: a local path, ``s3://``,
-``memory://``. A result directory is *committed* by its ``manifest.json``, written last and listing
-every file with its size and SHA-256; a directory without one is ignored by every reader. On object
-storage there is no rename, so the manifest is the whole of the protocol; on a local file system
-the directory is also renamed into place.
+``memory://``.
 """
 
 from __future__ import annotations
@@ -14,10 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +25,6 @@ from fsspec.implementations.local import LocalFileSystem
 from qure_core import object_storage
 from qure_core.errors import InputError, chain
 
-MANIFEST = "manifest.json"
 # What listings call an entity tag or the time of the last change, on one store or another.
 _CHANGE_MARKS = (
     *("ETag", "etag", "generation", "LastModified", "last_modified", "updated", "mtime"),
@@ -42,7 +37,6 @@ _DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 _DISK_FAILS = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.EBUSY, errno.EREMOTEIO),
 }
-PLAN = "plan.json"  # what an unfinished directory is being filled with
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
@@ -232,7 +226,7 @@ def check_writable(uri: str, setting: str) -> None:
     probe = join(uri, f".probe-{uuid.uuid4().hex}")
     try:
         write_bytes(probe, b"")
-        remove(probe)
+        remove_file(probe)
     except Exception as error:
         if (reason := fault(error)) is None and not isinstance(error, OSError):
             raise
@@ -272,17 +266,35 @@ def is_away(error: BaseException) -> bool:
     return any(object_storage.describe(link) or _fails(link) for link in chain(error))
 
 
-def remove(uri: str) -> None:
-    """Remove a file or a whole directory; nothing happens if it does not exist."""
+def remove_file(uri: str) -> None:
+    """Remove a file; nothing happens if it does not exist."""
     fs, path = filesystem(uri)
-    if fs.isfile(path):
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def remove_empty_folder(uri: str) -> None:
+    """On a disk, remove a folder if nothing is in it."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with suppress(OSError):
+            os.rmdir(path)
+
+
+def remove_files(uri: str, names: Collection[str]) -> None:
+    """Remove the files called ``names`` below ``uri``; those that do not exist are passed over."""
+    fs, path = filesystem(uri)
+    paths = [join(path, name) for name in sorted(names)]
+    if isinstance(fs, LocalFileSystem):
+        for file in paths:
+            with suppress(FileNotFoundError):
+                os.unlink(file)
+    elif paths:
         with suppress(FileNotFoundError):
-            fs.rm_file(path)
-    elif fs.exists(path):
-        fs.rm(path, recursive=True)
+            fs.rm(paths)
         fs.invalidate_cache(path)
         # Of many objects deleted at once, s3fs does not tell which were refused.
-        if any(found["type"] == "file" for found in fs.find(path, detail=True).values()):
+        if set(paths) & set(fs.find(path)):
             raise OSError(errno.EIO, "the storage did not remove all of it", uri)
 
 
@@ -294,205 +306,3 @@ def file_facts(data: memoryview | bytes) -> dict[str, int | str]:
 def file_digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def committed_directory(uri: str, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield a local directory to fill and a dict to describe it; commit both to ``uri`` on exit.
-
-    The manifest gets ``kind``, the dict's entries, and every file's size and SHA-256. If the body
-    raises, nothing appears at ``uri``. A previous directory at ``uri`` is replaced.
-    """
-    fs, path = filesystem(uri)
-    local = isinstance(fs, LocalFileSystem)
-    if local:
-        parent = os.path.dirname(path.rstrip("/"))
-        os.makedirs(parent, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent))
-    else:
-        staging = Path(tempfile.mkdtemp(prefix="qure-staging-"))
-    try:
-        description: dict[str, Any] = {}
-        yield staging, description
-        names = sorted(
-            str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file()
-        )
-        files = {
-            name: {
-                "bytes": (staging / name).stat().st_size,
-                "sha256": file_digest(staging / name),
-            }
-            for name in names
-        }
-        manifest = {"kind": kind, **description, "files": files}
-        if local:
-            staging.chmod(0o755)
-            write_json(str(staging / MANIFEST), manifest)
-            remove(uri)
-            os.replace(staging, path)
-        else:
-            remove(join(uri, MANIFEST))  # first: what is left without it counts for nothing
-            remove(uri)
-            for name in names:
-                fs.put_file(str(staging / name), join(path, name))
-            write_json(join(uri, MANIFEST), manifest)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def write_manifest(
-    uri: str,
-    kind: str,
-    description: dict[str, Any],
-    names: list[str],
-    known: Mapping[str, dict[str, Any]] | None = None,
-) -> None:
-    """Commit files that other processes wrote under ``uri``: check that all exist, then say so.
-
-    ``known`` has the entries (``bytes``, ``sha256``) of those whose writers told them; the others
-    are read.
-    """
-    wanted = set(names)
-    files = {name: facts for name, facts in (known or {}).items() if name in wanted}
-    if files:
-        for name, found in faults(uri, {"files": files}).items():
-            written = files[name]["bytes"]
-            raise OSError(errno.EIO, f"{found}, where {written} bytes were written", name)
-    for name in sorted(wanted - set(files)):
-        files[name] = file_facts(read_bytes(join(uri, name)))
-    commit(uri, kind, description, files)
-
-
-def commit(
-    uri: str, kind: str, description: dict[str, Any], files: dict[str, dict[str, Any]]
-) -> None:
-    """Write the manifest of files whose ``bytes`` and ``sha256`` their writers know."""
-    write_json(join(uri, MANIFEST), {"kind": kind, **description, "files": files})
-
-
-def kept(uri: str, kind: str, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a committed directory if it is whole and says ``facts``, else None."""
-    if not is_committed(uri):
-        return None
-    manifest: dict[str, Any] = read_json(join(uri, MANIFEST))
-    if faults(uri, manifest):
-        return None
-    _check_kind(uri, manifest, kind)
-    plain = json.loads(json.dumps(facts))
-    return manifest if all(manifest.get(name) == plain[name] for name in plain) else None
-
-
-def resume(uri: str, plan: dict[str, Any]) -> set[str]:
-    """Begin or continue to fill a directory by ``plan``; return the names of files already there.
-
-    A directory begun by another plan, or by none, is emptied first. Of a committed one that is no
-    longer whole, the good files are kept.
-    """
-    record = join(uri, PLAN)
-    if exists(record) and read_json(record) == json.loads(json.dumps(plan)):
-        if is_committed(uri):
-            for name in faults(uri, read_json(join(uri, MANIFEST))):
-                remove(join(uri, name))
-            remove(join(uri, MANIFEST))
-        return set(list_names(uri))
-    remove(uri)
-    write_json(record, plan)
-    return set()
-
-
-def faults(uri: str, manifest: dict[str, Any]) -> dict[str, str]:
-    """The files whose size is not the manifest's, and what was found instead."""
-    fs, path = filesystem(uri)
-    fs.invalidate_cache(path)
-    root = path.rstrip("/") + "/"
-    # One listing: a question for each file would take a remote store minutes.
-    sizes = {
-        file.removeprefix(root): facts["size"] for file, facts in fs.find(path, detail=True).items()
-    }
-    fs.invalidate_cache(path)
-    return {
-        name: f"{sizes[name]} bytes" if name in sizes else "missing"
-        for name, facts in manifest["files"].items()
-        if sizes.get(name) != facts["bytes"]
-    }
-
-
-def _check_kind(uri: str, manifest: dict[str, Any], kind: str) -> None:
-    if manifest.get("kind") != kind:
-        raise InputError(f"{uri}: holds a {manifest.get('kind')!r}, where a {kind!r} is needed")
-
-
-def is_committed(uri: str) -> bool:
-    return exists(join(uri, MANIFEST))
-
-
-def read_manifest(uri: str, kind: str | None) -> dict[str, Any]:
-    """Read the manifest of a committed directory, checking every file's size and, unless None,
-    its kind."""
-    if not is_committed(uri):
-        raise InputError(f"{uri}: no {MANIFEST}, so this is not a finished {kind or 'directory'}")
-    manifest: dict[str, Any] = read_json(join(uri, MANIFEST))
-    if kind is not None:
-        _check_kind(uri, manifest, kind)
-    for name, found in faults(uri, manifest).items():
-        raise InputError(
-            f"{join(uri, name)}: {found}, but its manifest says "
-            f"{manifest['files'][name]['bytes']} bytes; remove {uri} and run the stage again"
-        )
-    return manifest
-
-
-def _damaged(uri: str, name: str) -> InputError:
-    return InputError(
-        f"{join(uri, name)}: content differs from its manifest's SHA-256; the file is damaged. "
-        f"Remove {uri} and run the stage again"
-    )
-
-
-def read_committed(uri: str, name: str, manifest: dict[str, Any]) -> bytes:
-    """The bytes of a file of a committed directory, checked against the manifest's SHA-256."""
-    data = read_bytes(join(uri, name))
-    if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
-        raise _damaged(uri, name)
-    return data
-
-
-@contextmanager
-def local_copy(source: str, leave_out: Collection[str] = ()) -> Iterator[str]:
-    """A local path of ``source`` while the block lasts: a URI is fetched, and removed after it.
-
-    A path, or a name that is no URI (of a model hub), is given as it is. A committed directory is
-    checked against its manifest, but for the files to ``leave_out``, which are not fetched either.
-    """
-    files: dict[str, dict[str, Any]] = {}
-    if is_committed(source):
-        files = read_manifest(source, None)["files"]
-        files = {name: facts for name, facts in files.items() if name not in leave_out}
-    elif "://" in source and not exists(source):
-        raise InputError(f"{source}: no such file or directory")
-    fs, path = filesystem(source)
-    with ExitStack() as stack:
-        place = path if "://" in source else source
-        if not isinstance(fs, LocalFileSystem):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qure-fetched-"))
-            place = _fetch(fs, path, folder, list(files))
-        for name, facts in files.items():
-            if file_digest(os.path.join(place, name)) != facts["sha256"]:
-                raise _damaged(source, name)
-        yield place
-
-
-def _fetch(fs: fsspec.AbstractFileSystem, path: str, folder: str, names: list[str]) -> str:
-    """Copy a remote file or directory, or its files that are named, into a local folder.
-
-    Returns the path of what was copied.
-    """
-    if names:
-        fs.get([join(path, name) for name in names], [join(folder, name) for name in names])
-        return folder
-    if fs.isfile(path):
-        file = os.path.join(folder, os.path.basename(path))
-        fs.get_file(path, file)
-        return file
-    fs.get(path.rstrip("/") + "/", folder + "/", recursive=True)
-    return folder
