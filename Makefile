@@ -4,21 +4,25 @@ VENV := .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONFIG ?= configs/quickstart.yaml
+# Errors alone: warnings of pip's own settings are not this project's.
+PIP := $(VENV)/bin/pip install -qq --disable-pip-version-check
 
 .PHONY: train test audit clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet "$(TORCH)"
-	$(VENV)/bin/pip install --quiet --editable .
-	touch $@
+	@echo "installing into $(VENV), once; this takes a few minutes ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) "$(TORCH)"
+	@$(PIP) --editable .
+	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet --editable ".[test]"
-	touch $@
+	@echo "installing what the tests need ..."
+	@$(PIP) --editable ".[test]"
+	@touch $@
 
 train: $(VENV)/.installed
-	$(VENV)/bin/python cluster/local.py submit -- python pipelines/train.py --config $(CONFIG) $(ARGS)
+	@$(VENV)/bin/python cluster/local.py submit -- python pipelines/train.py --config $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -29,9 +33,10 @@ test: $(VENV)/.installed-test
 # Known vulnerabilities of what is installed; asks the advisory databases, so it needs the internet,
 # and fails for what they do not answer. A build for one device (2.13.0+cu130) goes by its version.
 audit: $(VENV)/.installed-test
-	$(VENV)/bin/pip install --quiet --editable ".[audit]"
+	$(PIP) --editable ".[audit]"
 	$(VENV)/bin/pip list --format=freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt
 	$(VENV)/bin/pip-audit --strict --disable-pip --no-deps -r $(VENV)/audited.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	test ! -e $(VENV)/.installed || rm -rf $(VENV)
+	rm -rf qure_core.egg-info

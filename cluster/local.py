@@ -5,33 +5,47 @@
 
 ``submit`` uses the cluster of ``RAY_ADDRESS`` or the head on port 8265 if either answers, else
 starts a head for the job and stops it afterwards. Ctrl-C stops the job. The job's relative paths
-are taken from the current directory.
+are taken from the current directory. Exit status: the job's own, or 130 if it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import ctypes
-import json
+import logging
 import os
-import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from qure_core.command import EXIT_INTERRUPTED, run_main
+from qure_core.console import Console
+from qure_core.errors import InputError
 from qure_core.network import free_port
+from qure_core.ray_start import (
+    check_room,
+    clean_up,
+    record_session,
+    session_of,
+    session_processes,
+    token_environment,
+)
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 START_SECONDS = 90
-TOKEN_FILE = Path.home() / ".ray" / "auth_token"
+STOP_SECONDS = 6.0  # that a job has to end in after it was told to
 
 
 def _environment() -> dict[str, str]:
@@ -42,21 +56,25 @@ def _environment() -> dict[str, str]:
     environment["PATH"] = os.pathsep.join([scripts, environment.get("PATH", "")])
     environment.setdefault("RAY_AUTH_MODE", "token")
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    has_token = "RAY_AUTH_TOKEN" in environment or "RAY_AUTH_TOKEN_PATH" in environment
-    if environment["RAY_AUTH_MODE"] == "token" and not has_token and not TOKEN_FILE.exists():
-        environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if environment["RAY_AUTH_MODE"] == "token":
+        environment |= token_environment()
     return environment
 
 
 def _answers(address: str, path: str = "/api/version") -> bool:
-    """Whether a Ray server (by default the job server) is there; one that asks for a token is."""
+    """Whether a Ray server (by default the job server) is there; one that asks for a token is.
+
+    Other programs listen on Ray's port too, and answer whatever they are asked.
+    """
     try:
-        with urllib.request.urlopen(f"{address}{path}", timeout=5):
-            return True
+        with urllib.request.urlopen(f"{address}{path}", timeout=5) as answer:
+            text = answer.read(4096).decode(errors="replace")
     except urllib.error.HTTPError as error:
-        return error.code in (401, 403)
+        text = error.read(4096).decode(errors="replace").lower()
+        return error.code in (401, 403) and "token" in text
     except OSError:
         return False
+    return '"ray_version"' in text if path == "/api/version" else text.strip() == "success"
 
 
 def _die_with_parent() -> None:
@@ -68,67 +86,124 @@ def _die_with_parent() -> None:
 @contextlib.contextmanager
 def local_head(environment: dict[str, str]) -> Iterator[str]:
     """Start a head on free ports of the loopback interface; yield its address; stop it."""
+    clean_up()
+    check_room()
     port, dashboard, agent = free_port(), free_port(), free_port()
     command = ["ray", "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
     command += ["--port", str(port), "--dashboard-host", "127.0.0.1"]
     command += ["--dashboard-port", str(dashboard), "--include-dashboard", "true"]
     command += ["--dashboard-agent-listen-port", str(agent)]
-    head = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=_die_with_parent,
-    )
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        # The job server hands jobs to the node's agent, which comes up after it.
-        while not (
-            _answers(address) and _answers(f"http://127.0.0.1:{agent}", "/api/local_raylet_healthz")
-        ):
-            if head.poll() is not None or time.monotonic() > deadline:
-                head.terminate()
-                output = head.communicate(timeout=30)[0].decode(errors="replace")
-                sys.exit(f"error: the local Ray head did not start:\n{output}")
-            time.sleep(0.5)
-        yield address
-    finally:
-        head.terminate()
+    with tempfile.TemporaryFile() as output:
+        head = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        address = f"http://127.0.0.1:{dashboard}"
         try:
-            head.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
+            deadline = time.monotonic() + START_SECONDS
+            # The job server hands jobs to the node's agent, which comes up after it.
+            while not (
+                _answers(address)
+                and _answers(f"http://127.0.0.1:{agent}", "/api/local_raylet_healthz")
+            ):
+                if head.poll() is not None or time.monotonic() > deadline:
+                    output.seek(0)
+                    last = output.read().decode(errors="replace").strip().splitlines()[-6:]
+                    raise InputError("the local Ray head did not start:\n" + "\n".join(last))
+                time.sleep(0.25)
+            if session := session_of(head.pid):
+                record_session(session, f"127.0.0.1:{port}")
+            yield address
+        finally:
+            _stop(head)
+
+
+def _stop(head: subprocess.Popen[bytes]) -> None:
+    """End a head and its servers, of which nothing is needed any more."""
+    processes = session_processes(head.pid)
+    head.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(timeout=2)
+    for process in {*processes, head.pid}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    head.wait()
 
 
 def submit(address: str, environment: dict[str, str], command: list[str]) -> int:
     """Submit ``command`` with this directory as its working directory, and follow it."""
-    job = f"qure-{uuid.uuid4().hex[:12]}"
-    runtime = {"env_vars": {"QURE_HOME": os.getcwd()}}
-    line = ["ray", "job", "submit", "--address", address, "--submission-id", job]
-    line += ["--working-dir", ".", "--runtime-env-json", json.dumps(runtime), "--", *command]
-    follower = subprocess.Popen(line, env=environment)
+    os.environ.update(environment)
+    from ray.job_submission import JobSubmissionClient
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    logging.getLogger("ray").setLevel(logging.WARNING)  # what is packed and where it goes
+    console = Console(sys.stdout)
+    client = JobSubmissionClient(address)
+    job = client.submit_job(
+        entrypoint=shlex.join(command),
+        submission_id=f"qure-{uuid.uuid4().hex[:12]}",
+        runtime_env={"working_dir": ".", "env_vars": {"QURE_HOME": os.getcwd()}},
+    )
 
-    signal.signal(signal.SIGTERM, interrupt)
+    async def follow() -> None:
+        async for text in client.tail_job_logs(job):
+            console.write(text)
+
     try:
-        return follower.wait()
+        asyncio.run(follow())
+        facts = client.get_job_info(job)
+        while not facts.status.is_terminal():  # the log ends a moment before
+            time.sleep(0.2)
+            facts = client.get_job_info(job)
     except KeyboardInterrupt:
-        print("\nstopping the job ...", flush=True)
-        stop = ["ray", "job", "stop", "--address", address, job]
-        try:
-            subprocess.run(stop, env=environment, check=False, timeout=60)
-        except subprocess.TimeoutExpired:
-            print(f"the job did not stop within 60 s; repeat: {shlex.join(stop)}", flush=True)
-        follower.kill()
-        return 130
+        print("\nstopping the job ...", file=sys.stderr, flush=True)
+        _stop_job(client, job, address)
+        return EXIT_INTERRUPTED
+    finally:
+        console.end()
+    if facts.driver_exit_code is None:
+        print(f"error: the job ended as {facts.status}: {facts.message}", file=sys.stderr)
+        return 1
+    return int(facts.driver_exit_code)
+
+
+def _stop_job(client: Any, job: str, address: str) -> None:
+    client.stop_job(job)
+    end = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < end:
+        if client.get_job_status(job).is_terminal():
+            print("interrupted; the same command goes on", file=sys.stderr, flush=True)
+            return
+        time.sleep(0.2)
+    again = shlex.join(["ray", "job", "stop", "--address", address, job])
+    print(f"the job has not ended yet; repeat: {again}", file=sys.stderr, flush=True)
+
+
+def keep_head(environment: dict[str, str]) -> int:
+    """Start a head, say how jobs are submitted to it, and keep it until Ctrl-C."""
+    with local_head(environment) as address, tempfile.TemporaryDirectory() as folder:
+        words = [f"RAY_AUTH_MODE={environment['RAY_AUTH_MODE']}"]
+        if "RAY_AUTH_TOKEN" in environment and "RAY_AUTH_TOKEN" not in os.environ:
+            # Made for this head: another shell has it from a file that this user alone can read.
+            token = Path(folder) / "token"
+            token.touch(mode=0o600)
+            token.write_text(environment["RAY_AUTH_TOKEN"])
+            words.append(f"RAY_AUTH_TOKEN_PATH={token}")
+        here = Path(sys.executable).with_name("ray")
+        ray = "ray" if shutil.which("ray") == str(here) else str(here)
+        line = f"{ray} job submit --address {address} --working-dir . -- python pipelines/train.py"
+        print(f"Ray head: {address} (Ctrl-C stops it). Submit a job to it with")
+        print(f"  {' '.join(words)} {line}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+    return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     tasks = parser.add_subparsers(dest="task", required=True)
     job = tasks.add_parser("submit", help="submit a job, on a head of its own if none runs")
     job.add_argument("command", nargs=argparse.REMAINDER, help="-- COMMAND ...")
@@ -136,23 +211,24 @@ def main() -> int:
     chosen = parser.parse_args()
     environment = _environment()
     if chosen.task == "head":
-        with local_head(environment) as address:
-            print(f"Ray head: {address} (Ctrl-C stops it)", flush=True)
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.pause()
-        return 0
+        return keep_head(environment)
     command = chosen.command[1:] if chosen.command[:1] == ["--"] else chosen.command
     if not command:
         parser.error("submit: give the job's command after --")
     given = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
     if given.startswith("http"):
+        if not _answers(given):
+            raise InputError(
+                f"RAY_ADDRESS: no Ray job server answers at {given}; correct it, or unset it to "
+                "start a head here"
+            )
         return submit(given, environment, command)
     if _answers(DEFAULT_ADDRESS):
         return submit(DEFAULT_ADDRESS, environment, command)
-    print("starting a local Ray head ...", flush=True)
+    print("[local] starting a Ray head for this job ...", flush=True)
     with local_head(environment) as address:
         return submit(address, environment, command)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

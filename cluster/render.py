@@ -19,26 +19,88 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from qure_core.command import run_main
 from qure_core.config import load_settings
-from qure_core.errors import InputError, run_main
+from qure_core.errors import InputError
 
 HERE = Path(__file__).parent
 MANIFESTS = ("networkpolicy", "raycluster", "rayjob", "mining-cronjob")
 _WHOLE = re.compile(r"\$\{(\w+)\}")
 
 
+_NAME = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
+_SHARED = r"(?!file:)[a-z][a-z0-9]*://[^/\s]+.*"
+_QUANTITY = r"[1-9][0-9]*(\.[0-9]+)?([kMGTPE]i?)?"
+_FIELD = r"(\*|[0-9A-Za-z]+(-[0-9A-Za-z]+)?)(/[1-9][0-9]*)?"
+_CRON = rf"@(yearly|monthly|weekly|daily|hourly)|({_FIELD}(,{_FIELD})*\s+){{4}}{_FIELD}(,{_FIELD})*"
+_CRON_LIMITS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+
+
+class Values(BaseModel):
+    """The values of cluster/values.yaml, as they must be written."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, regex_engine="python-re")
+
+    image: str = Field(pattern=r"^[^\s]+$", description="an image, e.g. registry/qure:0.1.0")
+    config: str = Field(description="a name of configs/, without .yaml")
+    data_root: str = Field(pattern=f"^{_SHARED}$", description="a URI that all pods reach")
+    run_dir: str = Field(pattern=f"^{_SHARED}$", description="a URI that all pods reach")
+    feature_store: str = Field(pattern=f"^{_SHARED}$", description="a URI that all pods reach")
+    storage_secret: str = Field(pattern=f"^{_NAME}$", description="the name of a Secret")
+    schedule: str = Field(pattern=f"^({_CRON})$", description='five fields of cron, "*/30 * * * *"')
+    workers: int = Field(ge=1, description="a whole number, 1 or more")
+    worker_cpus: int = Field(ge=1, description="a whole number, 1 or more")
+    worker_memory: str = Field(pattern=f"^{_QUANTITY}$", description="a quantity such as 64Gi")
+    head_memory: str = Field(pattern=f"^{_QUANTITY}$", description="a quantity such as 24Gi")
+    scale_up_seconds: int = Field(ge=0, description="a whole number of seconds")
+
+    @field_validator("config")
+    @classmethod
+    def _is_there(cls, name: str) -> str:
+        if not (HERE.parent / "configs" / f"{name}.yaml").is_file():
+            raise ValueError("no such config")
+        return name
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_a_time(cls, text: str) -> str:
+        for field, (low, high) in zip(text.split(), _CRON_LIMITS, strict=False):
+            numbers = [int(n) for n in re.findall(r"(?<![/0-9])[0-9]+", field)]
+            if not all(low <= number <= high for number in numbers):
+                raise ValueError(f"{field} is not from {low} to {high}")
+        return text
+
+
 def read_values(path: Path) -> dict[str, Any]:
-    """The values of ``path``, checked to be those of cluster/values.yaml, no more and no fewer."""
-    values = yaml.safe_load(path.read_text())
-    known = yaml.safe_load((HERE / "values.yaml").read_text())
-    if not isinstance(values, dict) or set(values) != set(known):
-        given = set(values) if isinstance(values, dict) else set()
-        raise InputError(
-            f"{path}: unknown values {sorted(given - set(known))}, missing values "
-            f"{sorted(set(known) - given)}; take cluster/values.yaml as the pattern"
-        )
-    return values
+    """The values of ``path``; an `InputError` names every one that is wrong."""
+    remedy = "take cluster/values.yaml as the pattern"
+    try:
+        found = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"--values: {path}: {error.strerror}; {remedy}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"--values: {path}: not valid YAML ({text}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"--values: {path}: not a mapping of values; {remedy}")
+    try:
+        return Values(**{str(name): value for name, value in found.items()}).model_dump()
+    except ValidationError as error:
+        lines = []
+        for item in error.errors(include_url=False):
+            name = str(item["loc"][0])
+            known = Values.model_fields.get(name)
+            wanted = f"; it is {known.description}" if known else ""
+            given = f" (got {item['input']!r})" if item["type"] != "missing" else ""
+            lines.append(f"  {name}: {item['msg'].removeprefix('Value error, ')}{given}{wanted}")
+        raise InputError("\n".join([f"--values: {path}: {remedy}", *_plain(lines)])) from None
+
+
+def _plain(lines: list[str]) -> list[str]:
+    """Without the patterns, which say less than the description that follows."""
+    return [re.sub(r"String should match pattern '.*' \(got", "not right (got", x) for x in lines]
 
 
 def _arguments(values: dict[str, Any]) -> str:

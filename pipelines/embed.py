@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qure_core import storage
+from qure_core.command import run_job
 from qure_core.config import Settings, load_settings
-from qure_core.data.sources import read_source
-from qure_core.errors import InputError, raise_problems, run_main
-from qure_core.features.build import EncoderSource, build_store, prune_store
-from qure_core.features.identity import FeatureKey, feature_key
-from qure_core.lease import hold
-from qure_core.monitor import monitored
-from qure_core.resources import connect, plan_resources
-from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
+from qure_core.errors import InputError, raise_problems
+
+if TYPE_CHECKING:
+    from qure_core.features.build import EncoderSource
+    from qure_core.features.identity import FeatureKey
 
 
 def choose_encoder(settings: Settings, checkpoint: str | None) -> tuple[EncoderSource, FeatureKey]:
     """The encoder asked for: a checkpoint's, the run's, or that of the pretrained weights."""
+    from qure_core.features.build import EncoderSource
+    from qure_core.features.identity import FeatureKey, feature_key
+    from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
+
     precision = settings.model.vision_precision
     if checkpoint is None and latest_epoch(settings.run.dir, "train") is not None:
         # All have the same encoder, and this one is never pruned.
@@ -67,7 +69,7 @@ def describe(uri: str, manifest: dict[str, Any]) -> str:
     return "\n".join([*lines, f"feature store: {uri}"])
 
 
-def main() -> None:
+def read() -> tuple[Settings, argparse.Namespace]:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
         "--checkpoint",
@@ -82,9 +84,17 @@ def main() -> None:
         action="store_true",
         help="remove shards that no image needs any more; no job may be reading the store",
     )
-    settings, chosen = load_settings(
-        sys.argv[1:], "pipelines/embed.py", "Fill the feature store.", options
-    )
+    return load_settings(sys.argv[1:], "pipelines/embed.py", "Fill the feature store.", options)
+
+
+def work(arguments: tuple[Settings, argparse.Namespace]) -> None:
+    from qure_core.data.sources import read_source
+    from qure_core.features.build import build_store, prune_store
+    from qure_core.lease import hold
+    from qure_core.monitor import monitored
+    from qure_core.resources import connect, plan_resources
+
+    settings, chosen = arguments
     images: dict[str, str] = {}
     absent: dict[str, dict[str, str]] = {}
     for name in chosen.splits.split(","):
@@ -101,12 +111,12 @@ def main() -> None:
     uri = key.uri(settings.feature_store.dir)
     storage.check_writable(settings.feature_store.dir, "feature_store.dir")
     stores, name = uri.rsplit("/", 1)
+    connect()
     with (
         # Of its own: the store's is held for the build alone.
         hold(stores, "embedding", name),
         monitored(f"{uri}.events.jsonl", "embedding", settings.resolved()),
     ):
-        connect()
         plan = plan_resources(settings.cluster)
         manifest = build_store(settings, plan, source, key, images, absent=absent)
     if chosen.prune:
@@ -115,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_job("embed", read, work)

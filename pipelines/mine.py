@@ -5,8 +5,8 @@
     python pipelines/mine.py inspect RUN/rounds/epoch-0009 [--query ID]
 
 The mined set goes to ``--output``; by default, to the round of the checkpoint's epoch in
-``run.dir``. Exit status: 0 done, or nothing to do; 2 bad input; 75 another process is mining there;
-1 anything else. A round that was killed is finished by the same command.
+``run.dir``. Exit status: 0 done, or nothing to do; 2 bad input; 75 another process is mining there.
+A round that was killed is finished by the same command.
 """
 
 from __future__ import annotations
@@ -15,28 +15,15 @@ import argparse
 import sys
 
 from qure_core import storage
+from qure_core.command import run_job, run_main
 from qure_core.config import Settings, load_settings
-from qure_core.data import load_split, mining_galleries
-from qure_core.embedding_shards import CHECKPOINT_KIND
-from qure_core.errors import InputError, run_main
-from qure_core.mining.mined_set import MINED_KIND
-from qure_core.mining.stage import (
-    check_round_place,
-    hold_round,
-    mine_round,
-    round_facts,
-    round_table,
-)
-from qure_core.monitor import monitored
-from qure_core.resources import connect, plan_resources
-from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
-from qure_core.training.layout import round_uri
-from qure_core.training.place import claim_run
-from qure_core.training.run import check_settings
+from qure_core.errors import InputError
 
 
 def newest_checkpoint(settings: Settings) -> str:
     """The newest checkpoint of the run."""
+    from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
+
     epoch = latest_epoch(settings.run.dir, "train")
     if epoch is None:
         raise InputError(
@@ -46,7 +33,7 @@ def newest_checkpoint(settings: Settings) -> str:
     return checkpoint_uri(settings.run.dir, "train", epoch)
 
 
-def mine(arguments: list[str]) -> None:
+def read() -> tuple[Settings, argparse.Namespace]:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
         "--checkpoint", help="checkpoint directory: a path or URI (default: run.dir's newest)"
@@ -55,9 +42,29 @@ def mine(arguments: list[str]) -> None:
     options.add_argument(
         "--if-newer", action="store_true", help="do nothing if this checkpoint is already mined"
     )
-    settings, chosen = load_settings(
-        arguments, "pipelines/mine.py", "Mine hard negatives with one checkpoint.", options
+    return load_settings(
+        sys.argv[1:], "pipelines/mine.py", "Mine hard negatives with one checkpoint.", options
     )
+
+
+def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
+    from qure_core.data import load_split, mining_galleries
+    from qure_core.embedding_shards import CHECKPOINT_KIND
+    from qure_core.mining.mined_set import MINED_KIND
+    from qure_core.mining.stage import (
+        check_round_place,
+        hold_round,
+        mine_round,
+        round_facts,
+        round_table,
+    )
+    from qure_core.monitor import monitored
+    from qure_core.resources import connect, plan_resources
+    from qure_core.training.layout import round_uri
+    from qure_core.training.place import claim_run
+    from qure_core.training.run import check_settings
+
+    settings, chosen = arguments
     checkpoint = (
         storage.resolve(chosen.checkpoint) if chosen.checkpoint else newest_checkpoint(settings)
     )
@@ -69,17 +76,18 @@ def mine(arguments: list[str]) -> None:
         claim_run(settings.run.dir)
         # The run's own training reads this round.
         check_settings(settings, ["run", "data", "model", "mining", "cluster"])
-    storage.check_writable(output.rsplit("/", 1)[0], "output" if chosen.output else "run.dir")
-    check_round_place(output, "output" if chosen.output else "run.dir")
+    setting = "output" if chosen.output else "run.dir"
+    check_round_place(output, setting)
+    storage.check_writable(output.rsplit("/", 1)[0], setting)
     split = load_split(settings.data, "train")
     corpora = mining_galleries(settings.data, split)
     facts = round_facts(settings, checkpoint, split, corpora, epoch)
-    if chosen.if_newer and storage.kept(output, MINED_KIND, facts):
+    if storage.kept(output, MINED_KIND, facts) and chosen.if_newer:
         print(f"nothing to do: {checkpoint} is mined already\nmined set: {output}", flush=True)
         return
+    connect()
     events = f"{output}.events.jsonl"
     with hold_round(output) as lease, monitored(events, "mining", settings.resolved()) as monitor:
-        connect()
         plan = plan_resources(settings.cluster)
         manifest = mine_round(settings, plan, checkpoint, split, corpora, output, epoch, lease)
         monitor.event("mined", epoch=epoch, uri=output, **manifest["statistics"])
@@ -87,7 +95,7 @@ def mine(arguments: list[str]) -> None:
     print(f"mined set: {output}", flush=True)
 
 
-def inspect(arguments: list[str]) -> None:
+def inspect() -> None:
     # matplotlib is needed here alone.
     from qure_core.report.inspect import describe_query, describe_round, draw_query
 
@@ -100,7 +108,7 @@ def inspect(arguments: list[str]) -> None:
         "--picture", help="where the curve's PNG goes (default: QUERY.png in this directory)"
     )
     parser.add_argument("--top", type=int, default=20, help="negatives listed (default: 20)")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args(sys.argv[2:])
     uri = storage.resolve(chosen.round)
     print(describe_round(uri))
     if chosen.query:
@@ -110,12 +118,8 @@ def inspect(arguments: list[str]) -> None:
         print(f"curve: {picture}", flush=True)
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["inspect"]:
-        inspect(sys.argv[2:])
-    else:
-        mine(sys.argv[1:])
-
-
 if __name__ == "__main__":
-    run_main(main)
+    if sys.argv[1:2] == ["inspect"]:
+        run_main(inspect)
+    else:
+        run_job("mine", read, mine)

@@ -9,21 +9,29 @@ from __future__ import annotations
 import argparse
 import sys
 
+from qure_core.command import EXIT_PROBLEMS, run_job
 from qure_core.config import Settings, load_settings
-from qure_core.data.validate import validate_dataset
-from qure_core.data.world import make_world
-from qure_core.errors import InputError, run_main
-from qure_core.resources import connect
+from qure_core.errors import InputError
 
 
 def world(settings: Settings) -> int:
+    from qure_core.data.world import make_world
+    from qure_core.resources import connect
+
     connect()
     drawn = make_world(settings.data.root, settings.data.world)
     print(f"world: {settings.data.root}" + ("" if drawn else " (already there)"))
     return 0
 
 
-def validate(settings: Settings, splits: list[str]) -> int:
+def validate(settings: Settings, asked: str | None) -> int:
+    from qure_core.data.sources import has_split
+    from qure_core.data.validate import validate_dataset
+    from qure_core.resources import connect
+
+    splits = asked.split(",") if asked else ["train"]
+    if not asked and has_split(settings.data, "val"):
+        splits.append("val")
     connect()
     found, problems = validate_dataset(settings.data, splits)
     for problem in problems:
@@ -35,25 +43,32 @@ def validate(settings: Settings, splits: list[str]) -> int:
         print(
             f"{name}: {len(split.triplets):,} triplets, {len(split.images):,} images; {galleries}"
         )
+        for note in split.notes:
+            print(f"{name}: {note}")
     print(f"{len(problems)} problem(s) in {settings.data.root}", flush=True)
-    return 1 if problems else 0
+    return EXIT_PROBLEMS if problems else 0
 
 
-def main() -> int:
+def read() -> tuple[Settings, argparse.Namespace]:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("task", choices=["world", "validate"], help="what to do")
     options.add_argument(
-        "--splits", default="train,val", help="splits to validate (default: %(default)s)"
+        "--splits", help="splits to validate (default: train, and val if there is one)"
     )
     settings, chosen = load_settings(
         sys.argv[1:], "pipelines/prepare.py", "Draw the world, or validate a dataset.", options
     )
+    if chosen.task == "world" and settings.data.format != "world":
+        raise InputError("data.format: 'prepare.py world' needs data.format=world")
+    return settings, chosen
+
+
+def work(arguments: tuple[Settings, argparse.Namespace]) -> int:
+    settings, chosen = arguments
     if chosen.task == "world":
-        if settings.data.format != "world":
-            raise InputError("data.format: 'prepare.py world' needs data.format=world")
         return world(settings)
-    return validate(settings, chosen.splits.split(","))
+    return validate(settings, chosen.splits)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_job("prepare", read, work)

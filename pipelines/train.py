@@ -3,41 +3,64 @@
     python pipelines/train.py --config configs/quickstart.yaml
     ray job submit --working-dir . -- python pipelines/train.py --config configs/quickstart.yaml
 
-Killed at any point, the same command goes on where it stopped.
+Killed at any point, the same command goes on where it stopped. Without a config, and with no
+setting that it would fill, configs/quickstart.yaml is taken.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from pathlib import Path
 
-from qure_core.config import load_settings
-from qure_core.errors import run_main
-from qure_core.training.run import run
+from qure_core.command import run_job
+from qure_core.config import Settings, load_settings
 
-
-def summary_table(evaluations: dict[str, Any]) -> str:
-    """Start, end of warm-up and end side by side."""
-    lines = [f"{'':<24}{'R@10':>9}{'R@50':>9}{'mean':>9}{'R-prec.':>9}{'in top 10':>11}"]
-    for name, metrics in evaluations.items():
-        average = metrics["recall"]["average"]
-        values = [average["R@10"], average["R@50"], average["mean"]]
-        cells = "".join(f"{value:>9.2f}" for value in values)
-        if relevance := metrics.get("relevance"):
-            cells += f"{relevance['R-precision']:>9.2f}{relevance['relevant in top 10']:>11.2f}"
-        lines.append(f"{name:<24}{cells}")
-    return "\n".join(lines)
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+# Rates for weights that were pretrained on a hundred million pairs teach a small random model
+# nothing.
+SLOW_FOR_TINY = 5e-5
 
 
-def main() -> None:
-    settings, _ = load_settings(sys.argv[1:], "pipelines/train.py", "Train QuRe from end to end.")
+def read() -> Settings:
+    settings, chosen = load_settings(
+        sys.argv[1:], "pipelines/train.py", "Train QuRe from end to end.", default=QUICKSTART
+    )
+    if chosen.config is None and chosen.default_used:
+        print(f"[train] no --config: taking {QUICKSTART.relative_to(QUICKSTART.parents[1])}")
+    return settings
+
+
+def warn(settings: Settings) -> None:
+    """Say what a person would not expect of these settings."""
+    from qure_core.training.schedule import mining_epochs
+
+    train = settings.train
+    if train.lr < SLOW_FOR_TINY and not settings.model.pretrained:
+        print(
+            f"warning: train.lr {train.lr:g} is a rate for pretrained weights; a "
+            f"{settings.model.preset!r} model that starts at random learns next to nothing at it. "
+            "Take configs/quickstart.yaml as the pattern, or give weights (model.pretrained)"
+        )
+    if train.negatives != "random" and not mining_epochs(train):
+        print(
+            f"warning: no negatives are mined: the warm-up takes all {train.epochs} epochs. Lower "
+            "train.warmup_epochs or raise train.epochs; train.negatives random says it is meant"
+        )
+
+
+def work(settings: Settings) -> None:
+    warn(settings)
+    # Here, because importing them takes seconds that a wrong setting should not cost.
+    from qure_core.training.run import run, summary_table
+
     summary = run(settings)
-    print("\nval, average over categories (percent)")
-    print(summary_table(summary["evaluations"]))
+    if summary["evaluations"]:
+        print("\nval, average over categories (percent)")
+        print(summary_table(summary["evaluations"]))
     print(f"\nmining rounds: {summary['rounds']}")
     print(f"run directory: {settings.run.dir}")
     print(f"report:        {summary['report']}", flush=True)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_job("train", read, work)

@@ -11,6 +11,7 @@ import argparse
 import getpass
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -29,7 +30,7 @@ from qure_core.errors import InputError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class RunSettings(_Section):
@@ -57,7 +58,8 @@ class DataSettings(_Section):
     )
     root: str = Field("data/world", description="dataset directory: a path or URI")
     categories: list[str] | None = Field(
-        None, description="FashionIQ layout: categories to use (default: all found on disk)"
+        None,
+        description="FashionIQ and JSONL layouts: categories to use (default: all that are there)",
     )
     mining_corpus: Literal["targets", "split"] | None = Field(
         None,
@@ -324,6 +326,17 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= flatten(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     uri = storage.resolve(path)
     if "://" not in path and not storage.exists(uri):
@@ -336,8 +349,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
             f"{path}: no such config file (inside a Ray job, files ignored by .gitignore or "
             ".rayignore do not reach the cluster)"
         ) from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({error})") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"--config: {path} cannot be read ({reason}); give a YAML file of settings"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"{path}: not valid YAML ({text})") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -377,11 +396,14 @@ def load_settings(
     prog: str,
     description: str,
     extra: argparse.ArgumentParser | None = None,
+    default: Path | None = None,
 ) -> tuple[Settings, argparse.Namespace]:
     """Read ``--config FILE`` and ``--section.field VALUE`` overrides into checked settings.
 
     ``extra`` declares a stage's own options (``--checkpoint`` and the like); they are returned
-    as the second value. Raises `InputError` listing everything that is wrong.
+    as the second value. Without a config, ``default`` is read if no option sets what it would,
+    places apart; ``default_used`` of the second value tells. Raises `InputError` listing everything
+    that is wrong.
     """
     own = argparse.ArgumentParser(
         prog=prog,
@@ -407,6 +429,12 @@ def load_settings(
         f"{word}: unknown option (--help lists the settings)" for word in unknown if word[:1] == "-"
     ] or [f"{word}: unexpected argument" for word in unknown]
     from_file = _read_yaml(namespace.config) if namespace.config else {}
+    namespace.default_used = False
+    if default and not namespace.config:
+        recipe = _read_yaml(str(default))
+        given = set(flatten(from_command_line)) - {"run.dir", "data.root"}
+        if not given & set(flatten(recipe)):
+            namespace.default_used, from_file = True, recipe
     settings = None
     try:
         settings = Settings(**_merge(from_file, from_command_line))

@@ -51,6 +51,7 @@ class _Embedder:
         from qure_core.model import encode_frozen, load_model
 
         self.settings, self.store = Settings(**settings), store
+        self.checkpoint = checkpoint
         cluster = self.settings.cluster
         torch.set_num_threads(cluster.cpus_per_embed_actor)
         self.device = granted_device()
@@ -138,6 +139,8 @@ class _Embedder:
                 query_ids += [query_id for _, query_id, _ in some]
                 query_parts.append(embedded.cpu().numpy())
 
+        self._check_finite(image_parts, kept_ids, "image")
+        self._check_finite(query_parts, query_ids, "query")
         config = self.model.config
         number, output = int(shard["shard"]), str(shard["output"])
         images = _concatenate(image_parts, (config.query_tokens, config.embed_dim))
@@ -151,6 +154,15 @@ class _Embedder:
             query_file: write_shard(output, query_file, query_ids, vectors),
         }
         return {"images": len(image_ids), "output": output, "files": json.dumps(files)}
+
+    def _check_finite(self, parts: list[np.ndarray], ids: list[str], what: str) -> None:
+        bad = [~np.isfinite(part).reshape(len(part), -1).all(axis=1) for part in parts]
+        places = np.flatnonzero(np.concatenate(bad or [np.zeros(0, bool)]))
+        if len(places):
+            raise InputError(
+                f"{self.checkpoint}: its embedding of {what} {ids[places[0]]!r} (and of "
+                f"{len(places) - 1:,} more) is not finite; take another checkpoint"
+            )
 
 
 def write_shard(output: str, name: str, ids: list[str], values: np.ndarray) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Errors that a user can act on, and the exit status they end a pipeline with."""
+"""Errors that a user can act on, and what they were raised from."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -13,10 +12,6 @@ class InputError(ValueError):
 
 class BusyError(InputError):
     """Another process holds what this one needs; trying again later may work."""
-
-
-# The last two are sysexits' EX_IOERR and EX_TEMPFAIL, which schedulers know.
-EXIT_BAD_INPUT, EXIT_STORAGE, EXIT_BUSY = 2, 74, 75
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Problem:
         return f"{place}: {self.message}"
 
 
-def raise_problems(problems: Sequence[Problem], heading: str, shown: int = 20) -> None:
+def raise_problems(problems: Sequence[Problem], heading: str, shown: int = 8) -> None:
     """Raise one `InputError` listing the first ``shown`` problems, or return if there are none."""
     if not problems:
         return
@@ -61,23 +56,6 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         left += [item for item in inner if isinstance(item, BaseException)]
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a pipeline's ``main``; an `InputError` becomes its message and exit status 2, or 75
-    if it is a `BusyError`; a storage that failed for good becomes status 74."""
-    try:
-        sys.exit(main() or 0)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BUSY if isinstance(error, BusyError) else EXIT_BAD_INPUT)
-    except Exception as error:
-        from qure_core.storage import fault  # which imports this module
-
-        if (reason := fault(error)) is None:
-            raise
-        print(
-            f"error: storage: {reason}\nWhat is committed is safe; once the storage is in order, "
-            "the same command goes on from it",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(EXIT_STORAGE)
+def input_error(error: BaseException) -> InputError | None:
+    """The `InputError` that ``error`` is or was raised from, on whichever node; else None."""
+    return next((link for link in chain(error) if isinstance(link, InputError)), None)

@@ -6,48 +6,114 @@ import logging
 import math
 import os
 import socket
-import tempfile
+import threading
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
 import torch
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.autoscaler.sdk import request_resources
 
 from qure_core.config import ClusterSettings
 from qure_core.errors import InputError
 from qure_core.network import free_port
+from qure_core.ray_start import (
+    check_room,
+    clean_up,
+    ray_folder,
+    record_session,
+    token_environment,
+)
+
+ANSWER_SECONDS = 30.0  # that a cluster has to answer in
 
 
 def connect() -> None:
-    """Join the cluster of ``RAY_ADDRESS`` or of the submitted job; else start Ray in-process."""
+    """Join the cluster of ``RAY_ADDRESS`` or of the submitted job; else start Ray in-process.
+
+    Raises `InputError` if nobody answers there, or Ray could not start here.
+    """
     if not ray.is_initialized():
+        address = _address()
+        if address == "local":
+            clean_up()
+            check_room()
+            os.environ.update(token_environment())
         # A dashboard port of its own: on the usual one, a short-lived in-process Ray would pass
         # for a cluster that jobs can be submitted to.
-        ray.init(_address(), logging_level=logging.WARNING, dashboard_port=free_port())
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # the stages print their own
-    context.raise_original_map_exception = True  # Ray's wrapping loses what it was raised from
+        context = ray.init(address, logging_level=logging.WARNING, dashboard_port=free_port())
+        facts: dict[str, Any] = context.address_info  # type: ignore[attr-defined]
+        if address == "local":
+            record_session(facts["session_dir"], facts["address"])
+        where = "started here" if address == "local" else f"joined at {facts['address']}"
+        print(f"[cluster] Ray {where}; its logs: {facts['session_dir']}/logs", flush=True)
+    context_of_data = ray.data.DataContext.get_current()
+    context_of_data.enable_progress_bars = False  # the stages print their own
+    context_of_data.raise_original_map_exception = True  # Ray's wrapping loses its cause
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def _address() -> str | None:
-    """Where to connect to: Ray's own choice, unless that is a cluster that is gone.
-
-    A Ray that was killed leaves its address behind, and `ray.init` would wait for it for ever.
-    """
-    record = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
-    if "RAY_ADDRESS" in os.environ or not record.exists():
-        return None
-    host, _, port = record.read_text().strip().rpartition(":")
+def _address() -> str:
+    """Where to connect to: "local" to start Ray here, "auto" for the cluster Ray knows of."""
+    given = os.environ.get("RAY_ADDRESS", "")
+    if given.startswith(("http://", "https://")):
+        raise InputError(
+            f"RAY_ADDRESS: {given} is where jobs are submitted to; unset it, or submit this "
+            "command there: ray job submit --working-dir . -- python ..."
+        )
+    if given and given not in ("auto", "local"):
+        _check_answers(given)
+        return given
+    if given == "local":
+        return given
+    # A Ray that was killed leaves its address behind, and `ray.init` would wait for it for ever.
+    record = ray_folder() / "ray_current_cluster"
+    host, _, port = record.read_text().strip().rpartition(":") if record.exists() else ("", "", "")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
+        return "auto"
     except (OSError, ValueError):
-        return "local"
-    return None
+        pass
+    if given == "auto":
+        raise InputError("RAY_ADDRESS: 'auto', but no Ray runs on this machine; unset it")
+    return "local"
+
+
+def _check_answers(address: str) -> None:
+    """Raise `InputError` unless a Ray cluster answers at ``address`` in `ANSWER_SECONDS`."""
+    end = time.monotonic() + ANSWER_SECONDS
+    reason = "no answer"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            break
+        except ValueError:
+            raise InputError(f"RAY_ADDRESS: {address!r} is not HOST:PORT") from None
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(1)
+    else:
+        end = 0.0
+    if end and not address.startswith("ray://"):
+        # Whether it is a Ray that listens: a client waits for ever, so it is asked aside.
+        answered = threading.Event()
+
+        def ask() -> None:
+            GcsClient(address=address)
+            answered.set()
+
+        threading.Thread(target=ask, daemon=True).start()
+        answered.wait(max(end - time.monotonic(), 5))
+        end, reason = (end if answered.is_set() else 0.0), "it is not Ray that answers"
+    if not end:
+        raise InputError(
+            f"RAY_ADDRESS: no Ray cluster at {address} after {ANSWER_SECONDS:.0f} s ({reason}); "
+            "correct it, or unset it to start Ray on this machine"
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qure_core.data.schema import Triplet
 from qure_core.embedding_shards import EmbeddingShards
+from qure_core.errors import InputError, input_error
 from qure_core.progress import Progress
 from qure_core.resources import granted_device
 
@@ -213,12 +214,14 @@ def map_blocks(
     resources: dict[str, Any] | None = None,
     parts: Sequence[tuple[int, int]] | None = None,
     scores: Callable[[QueryBlock, int], int] | None = None,
+    blame: str = "",
 ) -> list[dict[str, Any]]:
     """Run ``work(block, **arguments)`` for every block as one-CPU tasks; results by block number.
 
     ``parts`` lists (block number, part) instead, for ``work(block, part, **arguments)``; progress
     then counts ``scores(block, part)``. Blocks travel through the object store, their corpus once
-    per category; ``work`` returns a small dict of numbers and strings.
+    per category; ``work`` returns a small dict of numbers and strings. An `InputError` of ``work``
+    is raised here, after the name of what is to ``blame``, such as the checkpoint.
     """
     corpora = {block.category: block.corpus for block in blocks}
     references = {category: ray.put(corpus) for category, corpus in corpora.items()}
@@ -253,7 +256,12 @@ def map_blocks(
     tasks = ray.data.from_arrow(tables).map_batches(
         run, batch_size=1, **(resources or {"num_cpus": 1})
     )
-    for row in tasks.iter_rows():
-        results.append(row)
-        progress.advance(size(int(row["block"]), int(row["part"])))
+    try:
+        for row in tasks.iter_rows():
+            results.append(row)
+            progress.advance(size(int(row["block"]), int(row["part"])))
+    except Exception as error:
+        if (bad := input_error(error)) is not None:
+            raise InputError(f"{blame}: {bad}" if blame else str(bad)) from error
+        raise
     return sorted(results, key=lambda row: (row["block"], row["part"]))

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from qure_core import storage
-from qure_core.data.layout import ImageFolder, check_row, read_rows
+from qure_core.data.layout import ImageFolder, check_row, read_rows, relevant_of
 from qure_core.data.schema import Split, Triplet
 from qure_core.data.text import circo_prompt
 from qure_core.errors import Problem
@@ -53,9 +53,18 @@ def read_circo(root: str, split: str) -> tuple[Split, list[Problem]]:
         if not check_row(row, fields, annotation_file, str(index), problems):
             continue
         target = row.get("target_img_id")
-        relevant = [str(image) for image in row.get("gt_img_ids", [])]
         named = [row["reference_img_id"], *([target] if target is not None else [])]
-        for image in [*map(str, named), *relevant] if known else []:
+        relevant: tuple[str, ...] = ()
+        if split == "val" and known:
+            relevant = relevant_of(
+                [str(image) for image in row["gt_img_ids"]],
+                str(target),
+                known,
+                annotation_file,
+                str(index),
+                problems,
+            )
+        for image in map(str, named) if known else ():
             if image not in known:
                 problems.append(
                     Problem(annotation_file, str(index), f"image {image} is not in {info_file}")
@@ -67,7 +76,7 @@ def read_circo(root: str, split: str) -> tuple[Split, list[Problem]]:
                 text=circo_prompt(row["relative_caption"]),
                 target_id=None if target is None else str(target),
                 category=CATEGORY,
-                relevant_ids=tuple(relevant),
+                relevant_ids=relevant,
             )
         )
     return Split(split, tuple(triplets), images, {CATEGORY: tuple(sorted(known))}), problems

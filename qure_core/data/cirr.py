@@ -7,7 +7,7 @@ path relative to the root), images under ``train/{0..99}/``, ``dev/`` and ``test
 from __future__ import annotations
 
 from qure_core import storage
-from qure_core.data.layout import ImageFolder, check_row, read_rows, safe_relative
+from qure_core.data.layout import ImageFolder, check_row, names_of, read_rows, safe_relative
 from qure_core.data.schema import Split, Triplet
 from qure_core.errors import Problem
 
@@ -49,7 +49,13 @@ def read_cirr(root: str, split: str) -> tuple[Split, list[Problem]]:
     for index, row in enumerate(rows):
         if not check_row(row, fields, caption_file, str(index), problems):
             continue
-        members = row["img_set"].get("members", [])
+        members = names_of(
+            row["img_set"].get("members", []),
+            "img_set.members",
+            caption_file,
+            str(index),
+            problems,
+        )
         target = row.get("target_hard")
         for role, name in [("reference", row["reference"]), ("target_hard", target)] + [
             ("member", member) for member in members
@@ -65,7 +71,7 @@ def read_cirr(root: str, split: str) -> tuple[Split, list[Problem]]:
                 text=row["caption"],
                 target_id=target,
                 category=CATEGORY,
-                group=tuple(members),
+                group=members,
             )
         )
     galleries = {CATEGORY: tuple(sorted(paths))}

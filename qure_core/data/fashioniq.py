@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from qure_core import storage
-from qure_core.data.layout import ImageFolder, check_row, read_rows
+from qure_core.data.layout import ImageFolder, check_row, read_rows, relevant_of
 from qure_core.data.schema import Split, Triplet
 from qure_core.data.text import join_fashioniq
 from qure_core.errors import InputError, Problem
@@ -57,9 +58,7 @@ def read_fashioniq(
             gallery.append(name)
             uri = folder.find(f"{category}/{name}", name)
             if uri is None:
-                problems.append(
-                    Problem(split_file, str(index), f"image {name!r} is missing in {folder.uri}")
-                )
+                problems.append(Problem(split_file, str(index), folder.missing(name)))
             else:
                 images.setdefault(name, uri)
         galleries[category] = tuple(sorted(set(gallery)))
@@ -75,7 +74,7 @@ def _read_triplets(
     if not rows:
         problems.append(Problem(caption_file, "", f"category {category!r} has no triplets"))
     relevance_file = storage.join(root, "relevance", f"rel.{category}.{split}.json")
-    relevant: list[list[str]] = []
+    relevant: list[Any] = []
     if storage.exists(relevance_file):
         relevant = read_rows(relevance_file, list, problems)
         if len(relevant) != len(rows):
@@ -105,6 +104,11 @@ def _read_triplets(
                         f"{role} {name!r} is not in split.{category}.{split}.json",
                     )
                 )
+        relevant_ids: tuple[str, ...] = ()
+        if relevant:
+            relevant_ids = relevant_of(
+                relevant[index], target, gallery, relevance_file, where, problems
+            )
         triplets.append(
             Triplet(
                 query_id=f"{category}.{split}.{index:06d}",
@@ -112,7 +116,7 @@ def _read_triplets(
                 text=join_fashioniq(captions),
                 target_id=target,
                 category=category,
-                relevant_ids=tuple(relevant[index]) if relevant else (),
+                relevant_ids=relevant_ids,
             )
         )
     return triplets

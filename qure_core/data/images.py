@@ -7,10 +7,10 @@ black, bicubic resize of the short side, centre crop, convert to RGB, scale to [
 from __future__ import annotations
 
 import io
-import warnings
+import re
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from qure_core import storage
 from qure_core.errors import InputError
@@ -23,6 +23,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 BYTES_PER_PIXEL = 8
 """A file larger than this for each allowed pixel (16 bits in four channels) is no image."""
 
+# The bound is `decode`'s own, from a setting; Pillow's would answer first, without naming it.
+Image.MAX_IMAGE_PIXELS = None
+
 
 def decode(data: bytes, uri: str, max_pixels: int) -> Image.Image:
     """Decode a whole image, or raise `InputError` naming ``uri``.
@@ -31,25 +34,34 @@ def decode(data: bytes, uri: str, max_pixels: int) -> Image.Image:
     very long image is padded to.
     """
     try:
-        with warnings.catch_warnings():
-            # PIL's own bomb warning would double the message below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            padded = max(width, height) ** 2 / TARGET_RATIO
-            if width * height > max_pixels or padded > 4 * max_pixels:
-                raise InputError(
-                    f"{uri}: {width} x {height} pixels (before or after padding) exceed "
-                    f"data.max_image_pixels={max_pixels}; shrink the image, or raise the limit"
-                )
-            image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError, EOFError, ValueError) as error:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        padded = max(width, height) ** 2 / TARGET_RATIO
+        if width * height > max_pixels or padded > 4 * max_pixels:
+            raise InputError(
+                f"{uri}: {width} x {height} pixels (before or after padding) exceed "
+                f"data.max_image_pixels={max_pixels}; shrink the image, or raise the limit"
+            )
+        image.load()
+    except (OSError, SyntaxError, EOFError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{uri}: cannot be decoded as an image ({error}); replace it, or remove its triplets"
+            f"{uri}: cannot be decoded as an image ({_reason(data, error)}); replace it, or remove "
+            "its triplets"
         ) from None
     return image
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    """Why bytes are no image, in words about the file."""
+    if not data:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        if data.lstrip()[:1] == b"<":
+            return "it is a web page or another text in angle brackets"
+        return f"its first bytes are those of none of {', '.join(FORMATS)}"
+    return re.sub(r"\s*<_io\.BytesIO[^>]*>", "", str(error)) or type(error).__name__
 
 
 def load_image(uri: str, max_pixels: int) -> Image.Image:

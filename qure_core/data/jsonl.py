@@ -1,96 +1,185 @@
 """A plain layout for users' own data: ``triplets.jsonl`` beside an ``images/`` folder.
 
 One JSON object a line: ``{"reference": "a", "text": "in red", "target": "b"}``, and optionally
-``"split"`` (train if absent), ``"category"``, ``"query_id"`` and ``"relevant"`` (a list of images).
-Images are named by their path below ``images/`` without the suffix. A category's gallery is
-``images/{category}/`` where that folder exists, else every image.
+``"split"`` (train if absent), ``"category"``, ``"query_id"`` and ``"relevant"`` (a list of images
+that satisfy the query; the target is one of them without being named). Images are named by their
+path below ``images/`` without the suffix. A category's gallery is ``images/{category}/`` where
+that folder exists, else every image. Images that only rows of other splits name are left out of
+the training gallery: what a model is judged with must not be mined from.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from qure_core import storage
-from qure_core.data.layout import ImageFolder, check_row
+from qure_core.data.layout import ImageFolder, check_row, relevant_of
 from qure_core.data.schema import Split, Triplet
 from qure_core.errors import InputError, Problem
 
 DEFAULT_CATEGORY = "all"
 
 
-def read_jsonl(root: str, split: str) -> tuple[Split, list[Problem]]:
-    """Read the rows of one split; faults become problems, not exceptions."""
-    file = storage.join(root, "triplets.jsonl")
+@dataclass(frozen=True)
+class _Row:
+    """A row whose fields have the right types, and the number of its line."""
+
+    line: int
+    value: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        return f"line {self.line}"
+
+    @property
+    def split(self) -> str:
+        return str(self.value.get("split", "train"))
+
+    @property
+    def category(self) -> str:
+        return str(self.value.get("category", DEFAULT_CATEGORY))
+
+    def names(self) -> set[str]:
+        """Every image that the row names."""
+        listed = self.value.get("relevant")
+        listed = listed if isinstance(listed, list) else []
+        named = [self.value["reference"], self.value["target"], *listed]
+        return {name for name in named if isinstance(name, str)}
+
+
+def _lines(file: str) -> list[str]:
     try:
-        lines = storage.read_bytes(file).decode("utf-8").splitlines()
+        text = storage.read_bytes(file).decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(
             f"{file}: no such file; set data.root to the directory that has it"
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text ({error})") from None
-    folder = ImageFolder(storage.join(root, "images"))
-    names = folder.names()
-    known = set(names)
-    problems: list[Problem] = []
-    triplets: list[Triplet] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
+    # Rows end at line feeds alone: other separators may stand inside a JSON string.
+    return text.split("\n")
+
+
+def _rows(file: str, problems: list[Problem]) -> list[_Row]:
+    rows = []
+    for number, line in enumerate(_lines(file), start=1):
         where = f"line {number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            value = json.loads(line)
         except json.JSONDecodeError as error:
             problems.append(Problem(file, where, f"not valid JSON ({error})"))
             continue
         fields: dict[str, type | tuple[type, ...]] = {"reference": str, "text": str, "target": str}
-        if not check_row(row, fields, file, where, problems):
-            continue
-        if row.get("split", "train") != split:
-            continue
-        query_id = str(row.get("query_id", f"{split}.{number:06d}"))
-        if query_id in seen:
-            problems.append(
-                Problem(file, where, f"query_id {query_id!r} is also on line {seen[query_id]}")
+        optional = ("split", "category")
+        if isinstance(value, dict):
+            fields |= {name: str for name in optional if name in value}
+            if "query_id" in value:
+                fields["query_id"] = (str, int)
+        if check_row(value, fields, file, where, problems):
+            rows.append(_Row(number, value))
+    return rows
+
+
+def has_rows(root: str, split: str, categories: Sequence[str] | None = None) -> bool:
+    """Whether any row is of ``split``, and of one of the ``categories`` if they are given."""
+    rows = _rows(storage.join(root, "triplets.jsonl"), [])
+    return any(r.split == split and (not categories or r.category in categories) for r in rows)
+
+
+def _unread(file: str, rows: Sequence[_Row], split: str) -> list[str]:
+    """A note that names the splits that nothing reads, if there are any."""
+    counts = Counter(row.split for row in rows if row.split not in {"train", "val", split})
+    if not counts:
+        return []
+    listed = ", ".join(f"{name!r} ({count:,} rows)" for name, count in sorted(counts.items()))
+    return [f"{file}: splits that are not read: {listed}; 'train' and 'val' are"]
+
+
+def read_jsonl(
+    root: str, split: str, categories: Sequence[str] | None = None
+) -> tuple[Split, list[Problem]]:
+    """Read the rows of one split; faults become problems, not exceptions.
+
+    ``categories`` limits it to some of the rows' categories.
+    """
+    file = storage.join(root, "triplets.jsonl")
+    problems: list[Problem] = []
+    rows = _rows(file, problems)
+    folder = ImageFolder(storage.join(root, "images"))
+    names = folder.names()
+    known = set(names)
+    notes = _unread(file, rows, split)
+    if categories is not None:
+        found = {row.category for row in rows}
+        if absent := sorted(set(categories) - found):
+            raise InputError(
+                f"data.categories: {file} has no rows of {', '.join(absent)} "
+                f"(found: {', '.join(sorted(found)) or 'none'})"
             )
+        rows = [row for row in rows if row.category in categories]
+
+    triplets: list[Triplet] = []
+    seen: dict[str, int] = {}
+    for row in (row for row in rows if row.split == split):
+        query_id = str(row.value.get("query_id", f"{split}.{row.line:06d}"))
+        if query_id in seen:
+            text = f"query_id {query_id!r} is also on line {seen[query_id]}"
+            problems.append(Problem(file, row.where, text))
             continue
-        seen[query_id] = number
-        relevant = [str(name) for name in row.get("relevant", [])]
-        for role, name in [("reference", row["reference"]), ("target", row["target"])] + [
-            ("relevant", name) for name in relevant
-        ]:
-            if name not in known:
-                problems.append(
-                    Problem(file, where, f"{role} image {name!r} is missing in {folder.uri}")
-                )
+        seen[query_id] = row.line
+        for role in ("reference", "target"):
+            if (name := row.value[role]) not in known:
+                problems.append(Problem(file, row.where, f"{role} {folder.missing(name)}"))
+        relevant: tuple[str, ...] = ()
+        if "relevant" in row.value:
+            target = row.value["target"]
+            relevant = relevant_of(row.value["relevant"], target, known, file, row.where, problems)
         triplets.append(
             Triplet(
                 query_id=query_id,
-                reference_id=row["reference"],
-                text=row["text"],
-                target_id=row["target"],
-                category=str(row.get("category", DEFAULT_CATEGORY)),
-                relevant_ids=tuple(relevant),
+                reference_id=row.value["reference"],
+                text=row.value["text"],
+                target_id=row.value["target"],
+                category=row.category,
+                relevant_ids=relevant,
             )
         )
     if not triplets:
-        problems.append(
-            Problem(file, "", f'no usable row of split {split!r}; add rows with "split": "{split}"')
-        )
-    galleries: dict[str, tuple[str, ...]] = {}
-    for category in sorted({triplet.category for triplet in triplets}):
-        own = tuple(name for name in names if name.startswith(f"{category}/"))
-        galleries[category] = own or tuple(names)
+        text = f'no usable row of split {split!r}; add rows with "split": "{split}"'
+        problems.append(Problem(file, "", text))
+    galleries, note = _galleries(triplets, rows, split, names)
+    notes += note
     members = {category: set(gallery) for category, gallery in galleries.items()}
     for triplet in triplets:
         if triplet.target_id in known and triplet.target_id not in members[triplet.category]:
-            problems.append(
-                Problem(
-                    file,
-                    triplet.query_id,
-                    f"target {triplet.target_id!r} is outside images/{triplet.category}/",
-                )
-            )
+            text = f"target {triplet.target_id!r} is outside images/{triplet.category}/"
+            problems.append(Problem(file, triplet.query_id, text))
     images = {name: uri for name in names if (uri := folder.find(name))}
-    return Split(split, tuple(triplets), images, galleries), problems
+    return Split(split, tuple(triplets), images, galleries, tuple(notes)), problems
+
+
+def _galleries(
+    triplets: Sequence[Triplet], rows: Sequence[_Row], split: str, names: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """The images that each category's queries are ranked against, and a note of what is left out.
+
+    The training gallery is without the images that only other splits name.
+    """
+    held_out: set[str] = set()
+    if split == "train":
+        named = {name for row in rows if row.split == split for name in row.names()}
+        held_out = {name for row in rows if row.split != split for name in row.names()} - named
+    galleries: dict[str, tuple[str, ...]] = {}
+    for category in sorted({triplet.category for triplet in triplets}):
+        own = [name for name in names if name.startswith(f"{category}/")] or names
+        galleries[category] = tuple(name for name in own if name not in held_out)
+    if left := held_out & set(names):
+        text = f"{len(left):,} image(s) that only other splits name are not in the training corpus"
+        return galleries, [text]
+    return galleries, []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -52,17 +54,63 @@ def check_row(
     return good
 
 
+def names_of(
+    value: Any, role: str, uri: str, where: str, problems: list[Problem]
+) -> tuple[str, ...]:
+    """``value`` as a list of image names; anything else is a problem, and no names."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]} ..."
+        problems.append(Problem(uri, where, f"{role} is not a list of image names: {shown}"))
+        return ()
+    return tuple(value)
+
+
+def relevant_of(
+    value: Any,
+    target: str | None,
+    known: Collection[str],
+    uri: str,
+    where: str,
+    problems: list[Problem],
+) -> tuple[str, ...]:
+    """The images that satisfy a query, its target among them, from a row that lists them.
+
+    A row that is no list, names nothing, or names an image that is not there is a problem: every
+    measure of relevance would be wrong without a word.
+    """
+    before = len(problems)
+    names = names_of(value, "relevant", uri, where, problems)
+    if not names and len(problems) == before:
+        text = "relevant is empty; name at least the target, or leave it out"
+        problems.append(Problem(uri, where, text))
+    absent = [name for name in names if name not in known]
+    if absent:
+        text = f"relevant names {len(absent)} unknown image(s), first {absent[0]!r}"
+        problems.append(Problem(uri, where, text))
+    if len(problems) > before:
+        return ()
+    return names if target is None or target in names else (target, *names)
+
+
+_NEAREST_AMONG = 5000  # names that are compared letter by letter with one that is missing
+
+
 class ImageFolder:
-    """The image files below a directory, listed once and found by relative path without suffix."""
+    """The image files below a directory, listed once and found by relative path without suffix.
+
+    Hidden files, among them what macOS leaves beside each (``._a.jpg``), are no images.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
+        self._asked = 0
         fs, path = storage.filesystem(uri)
         root = path.rstrip("/") + "/"
         self._uri_of: dict[str, str] = {}
         for file in sorted(fs.find(path)) if fs.exists(path) else []:
             relative = PurePosixPath(file.removeprefix(root))
-            if relative.suffix.lower() in IMAGE_SUFFIXES:
+            hidden = relative.name.startswith(".")
+            if relative.suffix.lower() in IMAGE_SUFFIXES and not hidden:
                 key = str(relative.with_suffix(""))
                 self._uri_of.setdefault(key, storage.join(uri, str(relative)))
 
@@ -75,6 +123,19 @@ class ImageFolder:
             if candidate in self._uri_of:
                 return self._uri_of[candidate]
         return None
+
+    def missing(self, name: str) -> str:
+        """What to say of an image that is not there: also the name that may have been meant."""
+        text = f"image {name!r} is missing in {self.uri}"
+        stem, tail = str(PurePosixPath(name).with_suffix("")), name.split("/")
+        plain = stem if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else name
+        for candidate in (plain, *("/".join(plain.split("/")[i:]) for i in range(1, len(tail)))):
+            if candidate in self._uri_of:
+                return f"{text}; write {candidate!r}: names have no suffix and begin below it"
+        self._asked += 1
+        few = len(self._uri_of) <= _NEAREST_AMONG and self._asked <= 20
+        near = difflib.get_close_matches(name, self._uri_of, 1) if few else []
+        return f"{text}; the nearest name there is {near[0]!r}" if near else text
 
 
 def safe_relative(path: str) -> str | None:

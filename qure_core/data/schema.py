@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from qure_core import storage
 from qure_core.parquet import read_committed_parquet
 
+_VERSION = 2  # from 2 on a training gallery is without the images that only other splits name
 SPLIT_KIND = storage.Kind("dataset split", r"(triplets|images|galleries)\.parquet")
 
 _TRIPLETS = pa.schema(
@@ -50,12 +51,16 @@ class Triplet:
 
 @dataclass(frozen=True)
 class Split:
-    """Triplets, image URIs by id, and the gallery (sorted distinct image ids) of each category."""
+    """Triplets, image URIs by id, and the gallery (sorted distinct image ids) of each category.
+
+    ``notes`` tell, for people, what a reader left out of it; they are not stored.
+    """
 
     name: str
     triplets: tuple[Triplet, ...]
     images: dict[str, str]
     galleries: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def write_split(uri: str, split: Split) -> None:
@@ -71,10 +76,24 @@ def write_split(uri: str, split: Split) -> None:
         )
         pq.write_table(galleries, directory / "galleries.parquet")
         description |= {
+            "version": _VERSION,
             "name": split.name,
             "triplets": len(split.triplets),
             "images": len(split.images),
         }
+
+
+def is_older_split(uri: str) -> bool:
+    """Whether a split was written when a gallery could hold images that only other splits name."""
+    return int(storage.read_manifest(uri, SPLIT_KIND).get("version", 1)) < _VERSION
+
+
+def holds(whole: Split, part: Split) -> bool:
+    """Whether the galleries of ``whole`` are larger than those of ``part``, and hold them."""
+    return whole.galleries != part.galleries and all(
+        set(ids) <= set(whole.galleries.get(category, ()))
+        for category, ids in part.galleries.items()
+    )
 
 
 def read_split(uri: str) -> Split:

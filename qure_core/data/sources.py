@@ -6,8 +6,8 @@ from qure_core import storage
 from qure_core.config import DataSettings
 from qure_core.data.circo import read_circo
 from qure_core.data.cirr import read_cirr
-from qure_core.data.fashioniq import read_fashioniq
-from qure_core.data.jsonl import read_jsonl
+from qure_core.data.fashioniq import find_categories, read_fashioniq
+from qure_core.data.jsonl import has_rows, read_jsonl
 from qure_core.data.schema import Split
 from qure_core.errors import InputError, Problem, raise_problems
 
@@ -16,19 +16,35 @@ def read_source(data: DataSettings, split: str) -> tuple[Split, list[Problem]]:
     """Read ``split`` of the configured dataset with everything that is wrong with it."""
     if not storage.exists(data.root):
         raise InputError(f"data.root: {data.root} does not exist")
-    if data.format == "cirr":
-        return read_cirr(data.root, split)
-    if data.format == "circo":
-        return read_circo(data.root, split)
+    if data.format in ("cirr", "circo"):
+        if data.categories is not None:
+            raise InputError(
+                f"data.categories: the {data.format} layout has no categories; leave it out"
+            )
+        return (read_cirr if data.format == "cirr" else read_circo)(data.root, split)
     if data.format == "jsonl":
-        return read_jsonl(data.root, split)
+        return read_jsonl(data.root, split, data.categories)
     return read_fashioniq(data.root, split, data.categories)
+
+
+def has_split(data: DataSettings, split: str) -> bool:
+    """Whether the configured dataset has rows of ``split`` at all."""
+    if data.format == "cirr":
+        name = f"cap.rc2.{split}.json"
+        return storage.exists(storage.join(data.root, "cirr", "captions", name))
+    if data.format == "circo":
+        return storage.exists(storage.join(data.root, "annotations", f"{split}.json"))
+    if data.format == "jsonl":
+        return has_rows(data.root, split, data.categories)
+    return bool(find_categories(data.root, split))
 
 
 def load_split(data: DataSettings, split: str) -> Split:
     """Read ``split``, or raise one `InputError` that lists what is wrong with it."""
     loaded, problems = read_source(data, split)
     raise_problems(problems, f"{data.root} ({data.format} layout, {split} split)")
+    for note in loaded.notes:
+        print(f"[data] {note}", flush=True)
     return loaded
 
 

@@ -59,4 +59,5 @@ def validate_dataset(
         problems += faults
         images |= {uri: uri for uri in split.images.values()}
     problems += undecodable_images(sorted(images), data.max_image_pixels)
-    return found, problems
+    # What is wrong with a file that several splits share is said once.
+    return found, list(dict.fromkeys(problems))

@@ -5,6 +5,25 @@ Sources: the QuRe paper (arXiv 2507.12416) for its own figures and those it comp
 
 from __future__ import annotations
 
+from collections import Counter
+
+from qure_core.data.schema import Split
+
+# Val queries and gallery images of each category, by which a data set is known to be the one that
+# the figures were published for.
+_SIZES = {
+    "fashioniq": {"dress": (2017, 3817), "shirt": (2038, 6346), "toptee": (1961, 5373)},
+    "cirr": {"cirr": (4181, 2297)},
+}
+
+
+def known_dataset(split: Split) -> str | None:
+    """The benchmark whose val split this is, told by its categories and their sizes, or None."""
+    queries = Counter(triplet.category for triplet in split.triplets)
+    sizes = {name: (queries[name], len(ids)) for name, ids in split.galleries.items()}
+    return next((name for name, known in _SIZES.items() if known == sizes), None)
+
+
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "fashioniq": {
         "CLIP4CIR": {"R@10": 43.30, "mean": 55.03},
@@ -18,11 +37,14 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
 }
 
 
-def comparison_table(protocol: str, ours: dict[str, float], label: str) -> str:
-    """Our figures over the published ones, each row labelled as what it is."""
+def comparison_table(dataset: str | None, ours: dict[str, float], label: str) -> str:
+    """Our figures over those published for ``dataset``, each row labelled as what it is.
+
+    None where the data are no known benchmark's: nothing is then comparable.
+    """
     names = list(ours)
     rows = [(f"{label} (this run)", ours)]
-    rows += [(f"{name} (published)", row) for name, row in PUBLISHED.get(protocol, {}).items()]
+    rows += [(f"{name} (published)", row) for name, row in PUBLISHED.get(dataset or "", {}).items()]
     width = max(len(name) for name, _ in rows) + 2
     lines = [" " * width + "".join(f"{name:>18}" for name in names)]
     for name, row in rows:

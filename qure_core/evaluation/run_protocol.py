@@ -23,6 +23,7 @@ from qure_core.data.fashioniq import read_fashioniq
 from qure_core.data.hashing import image_digests
 from qure_core.data.layout import ImageFolder
 from qure_core.data.schema import Split, Triplet
+from qure_core.data.sources import has_split, load_split
 from qure_core.embedding import EmbedJob, embed_splits
 from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards, checkpoint_digest
 from qure_core.errors import InputError, Problem, raise_problems
@@ -38,16 +39,23 @@ from qure_core.evaluation.protocols import (
     parse_hp_fashioniq,
     preference_summary,
 )
-from qure_core.evaluation.stage import galleries_of, rank_queries, read_rows
+from qure_core.evaluation.published import known_dataset
+from qure_core.evaluation.stage import galleries_of, rank_queries, read_rows, summarise
 from qure_core.resources import Plan
 
-PROTOCOLS = ("fashioniq", "cirr", "cirr-test", "circo", "circo-test", "hp-fashioniq")
 RESULT_KIND = storage.Kind("protocol result", r"(recall|recall_subset|submission)\.json")
 _RANKINGS_KIND = storage.Kind("unfinished ranking", r"part-\d{5}\.parquet")
 
 
-def _load(settings: Settings, protocol: str) -> Split:
+def _load(settings: Settings, protocol: str, name: str) -> Split:
     data = settings.data
+    if protocol == "own":
+        if not has_split(data, name):
+            raise InputError(
+                f"--split: {data.root} ({data.format} layout) has no {name!r} split; name one that "
+                "is there, or set data.format and data.root to your data's"
+            )
+        return load_split(data, name)
     if protocol == "fashioniq":
         split, problems = read_fashioniq(data.root, "val", data.categories)
     elif protocol.startswith("cirr"):
@@ -96,11 +104,13 @@ def evaluate_protocol(
     protocol: str,
     output: str,
     judged: str | None = None,
+    split_name: str = "val",
 ) -> dict[str, Any]:
     """Evaluate ``checkpoint`` and return the manifest of the committed result.
 
-    ``judged`` is the ``hpfiq.json`` of the "hp-fashioniq" protocol. The result's URI is the
-    manifest's "uri"; submission files lie in it.
+    ``judged`` is the ``hpfiq.json`` of the "hp-fashioniq" protocol, ``split_name`` the split that
+    "own" measures: any layout's, with recalls per category and measures of relevance. The result's
+    URI is the manifest's "uri"; submission files lie in it.
     """
     pairs: list[JudgedPair] = []
     if protocol == "hp-fashioniq":
@@ -108,7 +118,7 @@ def evaluate_protocol(
             raise InputError("--judged: the hp-fashioniq protocol needs the path of hpfiq.json")
         split, pairs = _load_judged(settings, judged)
     else:
-        split = _load(settings, protocol)
+        split = _load(settings, protocol, split_name)
     facts = {
         "protocol": protocol,
         "checkpoint": checkpoint_digest(checkpoint),
@@ -131,12 +141,19 @@ def evaluate_protocol(
         if protocol == "hp-fashioniq":
             result = _judge(embeddings, pairs)
         else:
-            result, files = _measure(settings, plan, protocol, split, embeddings, rankings)
+            result, files = _measure(
+                settings, plan, checkpoint, protocol, split, embeddings, rankings
+            )
         storage.begin(uri, RESULT_KIND)
         for name, value in files.items():
             storage.write_bytes(storage.join(uri, name), storage.compact_json(value))
         del facts["judgements"]
-        storage.write_manifest(uri, RESULT_KIND, facts | {"result": result}, list(files))
+        storage.write_manifest(
+            uri,
+            RESULT_KIND,
+            facts | {"dataset": known_dataset(split), "result": result},
+            list(files),
+        )
     # Also where a process was killed before it came here.
     storage.discard(embeddings, EMBEDDINGS_KIND)
     storage.discard(rankings, _RANKINGS_KIND)
@@ -144,7 +161,13 @@ def evaluate_protocol(
 
 
 def _measure(
-    settings: Settings, plan: Plan, protocol: str, split: Split, embeddings: str, scratch: str
+    settings: Settings,
+    plan: Plan,
+    checkpoint: str,
+    protocol: str,
+    split: Split,
+    embeddings: str,
+    scratch: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rank under the protocol; return its figures and its submission files by name."""
 
@@ -159,12 +182,19 @@ def _measure(
             scratch,
             memory_mb=settings.mining.memory_mb,
             top_k=50,
-            drop_reference=protocol.startswith("cirr"),
+            drop_reference=protocol.startswith("cirr")
+            or (protocol == "own" and settings.data.format == "cirr"),
             resources=plan.score,
+            checkpoint=checkpoint,
         )
         rows = read_rows(scratch, names)
         return rows
 
+    if protocol == "own":
+        rows = rank(f"{protocol} {split.name}", split.galleries)
+        sizes = {category: len(ids) for category, ids in split.galleries.items()}
+        facts = {"split": split.name, "queries": len(rows), "gallery_images": sizes}
+        return summarise(rows) | facts | {"tied": _ties(rows)}, {}
     if protocol == "fashioniq":
         return {
             gallery: _fashioniq(rank(f"{protocol} {gallery}", galleries_of(split, gallery)))

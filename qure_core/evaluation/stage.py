@@ -16,6 +16,7 @@ from qure_core.embedding import EmbedJob, embed_splits
 from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards, checkpoint_digest
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
 from qure_core.parquet import read_committed_parquet, read_parquet, write_parquet
+from qure_core.relevance import refuse_bad_scores
 from qure_core.resources import Plan
 from qure_core.scoring import QueryBlock, make_blocks, map_blocks, score_block
 
@@ -51,6 +52,7 @@ def _rank_block(
     block: QueryBlock, embeddings_uri: str, output: str, top_k: int, drop_reference: bool
 ) -> dict[str, Any]:
     scores_QM = score_block(EmbeddingShards.open(embeddings_uri), block).cpu()
+    refuse_bad_scores(scores_QM)
     column = {image_id: i for i, image_id in enumerate(block.corpus)}
     rows = []
     for triplet, scores_M in zip(block.triplets, scores_QM, strict=True):
@@ -98,8 +100,12 @@ def rank_queries(
     top_k: int,
     drop_reference: bool,
     resources: dict[str, Any],
+    checkpoint: str,
 ) -> list[str]:
-    """Rank each query's gallery and write the rows to ``output``; return the files' names."""
+    """Rank each query's gallery and write the rows to ``output``; return the files' names.
+
+    ``checkpoint`` is named by an error if its scores cannot be ranked.
+    """
     blocks = make_blocks(split.triplets, galleries, memory_mb)
     map_blocks(
         f"rank {name}",
@@ -112,6 +118,7 @@ def rank_queries(
             "drop_reference": drop_reference,
         },
         resources=resources,
+        blame=checkpoint,
     )
     return [f"part-{block.number:05d}.parquet" for block in blocks]
 
@@ -159,6 +166,7 @@ def evaluate_checkpoint(
         top_k=settings.evaluation.top_k,
         drop_reference=drop_reference,
         resources=plan.score,
+        checkpoint=checkpoint,
     )
     rows = read_rows(output, names)
     description = facts | {

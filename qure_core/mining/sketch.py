@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qure_core.mining.keys import LAST_KEY, key_columns, key_scores, pack_key, pack_keys, sort_keys_
 from qure_core.mining.sampling import priorities
-from qure_core.mining.steep_drops import refuse_bad_scores
+from qure_core.relevance import refuse_bad_scores
 
 BUCKETS = 1024
 ENDS = 512

@@ -106,11 +106,16 @@ def mine_round(
     seconds: dict[str, float] = {}
     if engine == "sort":
         rows = map_blocks(
-            name, blocks, mine_by_sorting, arguments={"task": task}, resources=plan.score
+            name,
+            blocks,
+            mine_by_sorting,
+            arguments={"task": task},
+            resources=plan.score,
+            blame=checkpoint,
         )
         peaks = rows
     else:
-        rows, seconds, peaks = _stream(name, blocks, task, plan, columns)
+        rows, seconds, peaks = _stream(name, blocks, task, plan, columns, checkpoint)
     mined = time.monotonic()
     seconds = {
         "embed": embed_seconds,
@@ -221,12 +226,22 @@ def _range_columns(blocks: Sequence[QueryBlock], plan: Plan) -> int:
 
 
 def _stream(
-    name: str, blocks: list[QueryBlock], task: RoundTask, plan: Plan, columns: int
+    name: str,
+    blocks: list[QueryBlock],
+    task: RoundTask,
+    plan: Plan,
+    columns: int,
+    checkpoint: str,
 ) -> tuple[list[dict[str, Any]], dict[str, float], list[dict[str, Any]]]:
     """The streaming engine's steps: anchors, summaries, a tree of merges, and the cut."""
     arguments = {"task": task}
     peaks = map_blocks(
-        f"{name}: anchors", blocks, write_anchors, arguments=arguments, resources=plan.score
+        f"{name}: anchors",
+        blocks,
+        write_anchors,
+        arguments=arguments,
+        resources=plan.score,
+        blame=checkpoint,
     )
     ranges = {block.number: ranges_of(block, columns) for block in blocks}
 
@@ -240,6 +255,7 @@ def _stream(
         write_summary,
         arguments=arguments | {"columns": columns},
         resources=plan.score,
+        blame=checkpoint,
         parts=[(number, part) for number, own in ranges.items() for part in range(len(own))],
         scores=scores,
     )
@@ -264,6 +280,7 @@ def _stream(
         mine_by_streaming,
         arguments=arguments | {"left": left},
         resources=plan.score,
+        blame=checkpoint,
     )
     return rows, {"score and summarise": _total(summaries)}, peaks + rows
 

@@ -20,6 +20,7 @@ from qure_core.mining.rule import (
     neighbourhood,
     relative_height,
 )
+from qure_core.relevance import refuse_bad_scores
 
 _FIRST_LOOK = 32  # drops examined before a full sort; nearly every walk ends among them
 _GROUP = 64  # drops that are first reduced to their steepest
@@ -55,14 +56,6 @@ class SteepDrops:
         return key_columns(self.keys_QM[query, self.start_Q[query] : self.stop_Q[query]])
 
 
-def refuse_bad_scores(scores_QM: Tensor) -> None:
-    """Raise `ValueError` if a score is not finite."""
-    low, high = torch.aminmax(scores_QM)  # both NaN if any score is
-    if not torch.isfinite(high - low):
-        bad = torch.nonzero(~torch.isfinite(scores_QM).all(dim=1)).flatten()[:5].tolist()
-        raise ValueError(f"scores of queries {bad} are not finite (NaN or infinite)")
-
-
 def steep_drop_negatives(
     scores_QM: Tensor,
     target_Q: Tensor,
@@ -83,7 +76,8 @@ def steep_drop_negatives(
     than 1 bound the negatives: from just below the upper drop to just above the lower one. The
     gap between the target and the next image is no drop.
 
-    Raises `ValueError` if a score is not finite, or a query has no image but its target.
+    Raises `InputError` if a score is not finite, `ValueError` if a query has no image but its
+    target.
     """
     rule = rule or DropRule()
     queries, images = scores_QM.shape

@@ -12,10 +12,17 @@ from __future__ import annotations
 import argparse
 
 from qure_core import storage
+from qure_core.command import run_main
 from qure_core.embedding_shards import CHECKPOINT_KIND
-from qure_core.errors import InputError, run_main
+from qure_core.errors import InputError
 from qure_core.model.lavis import load_lavis_checkpoint
-from qure_core.model.pretrained import fill_qformer, fill_vision_encoder, load_tokenizer
+from qure_core.model.modeling import check_finite
+from qure_core.model.pretrained import (
+    check_vocabulary,
+    fill_qformer,
+    fill_vision_encoder,
+    load_tokenizer,
+)
 from qure_core.model.processing import QuReProcessor
 from qure_core.training.checkpoints import save_checkpoint
 
@@ -58,8 +65,11 @@ def main() -> None:
         fill_vision_encoder(model, chosen.clip)
     if chosen.blip2:
         fill_qformer(model, chosen.blip2)
+    tokenizer = load_tokenizer(chosen.tokenizer)
+    check_finite(model, chosen.source)
+    check_vocabulary(tokenizer, model, chosen.tokenizer)
     processor = QuReProcessor(
-        load_tokenizer(chosen.tokenizer),
+        tokenizer,
         model.config.vision["image_size"],
         model.config.max_text_tokens,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qure_core.errors import InputError
 from qure_core.model.configuration import QuReConfig
-from qure_core.model.modeling import QuReModel
+from qure_core.model.modeling import QuReModel, check_finite
 
 # In LAVIS files but not in this model: the matching and captioning heads, and a buffer of indices.
 _UNUSED = re.compile(r"itm_head\..*|Qformer\.cls\..*|Qformer\.bert\.embeddings\.position_ids")
@@ -171,7 +171,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             f"{path}: refused, because it holds more than tensors and loading it could run code "
             f"({first})"
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable PyTorch file ({first})") from None
     if isinstance(value, dict) and isinstance(value.get("model"), dict):
@@ -179,6 +179,16 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
         raise InputError(f"{path}: not a state dict of tensors")
     return value
+
+
+def _heads(width: int, each: int, option: str) -> int:
+    """The attention heads of a published model ``width`` wide."""
+    if width % each:
+        raise InputError(
+            f"{option}: a width of {width} is no multiple of {each}, a head's in the published "
+            f"models, so the number of heads cannot be told from the file; give {option}"
+        )
+    return width // each
 
 
 def infer_config(
@@ -211,7 +221,7 @@ def infer_config(
         "hidden_size": width,
         "intermediate_size": shape(f"{block}.0.mlp.{'c_fc' if clip else 'fc1'}.weight")[0],
         "num_hidden_layers": count(re.escape(block)),
-        "num_attention_heads": vision_heads or width // (64 if clip else 88),
+        "num_attention_heads": vision_heads or _heads(width, 64 if clip else 88, "--vision-heads"),
         "image_size": round((tokens - 1) ** 0.5) * patch,
         "patch_size": patch,
         "hidden_act": "quick_gelu" if clip else "gelu",
@@ -226,7 +236,7 @@ def infer_config(
         "hidden_size": hidden,
         "intermediate_size": shape(f"{layer}.0.intermediate_query.dense.weight")[0],
         "num_hidden_layers": count(re.escape(layer)),
-        "num_attention_heads": qformer_heads or hidden // 64,
+        "num_attention_heads": qformer_heads or _heads(hidden, 64, "--qformer-heads"),
         "max_position_embeddings": shape("Qformer.bert.embeddings.position_embeddings.weight")[0],
         "encoder_hidden_size": shape(f"{layer}.0.crossattention.self.key.weight")[1],
     }
@@ -260,6 +270,7 @@ def load_lavis_checkpoint(
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     load_converted(model, converted, str(path))
+    check_finite(model, str(path))
     return model
 
 

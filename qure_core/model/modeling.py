@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerModel, Blip2VisionModel, CLIPVisionModel, PreTrainedModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
+from qure_core import storage
+from qure_core.embedding_shards import OPTIMIZER_FILE
+from qure_core.errors import InputError
 from qure_core.model.configuration import QuReConfig
 from qure_core.model.qformer import qformer_hidden_states
 from qure_core.relevance import relevance_scores
@@ -48,6 +51,20 @@ def encode_frozen(encoder: nn.Module, pixel_values: Tensor, precision: str) -> T
             filler = part.new_zeros(ENCODER_BATCH - len(part), *part.shape[1:])
             parts.append(encode_vision(encoder, torch.cat([part, filler]))[: len(part)])
     return torch.cat(parts).to(torch.float16 if half else torch.float32)
+
+
+def check_finite(module: nn.Module, source: str) -> None:
+    """Raise `InputError` naming the first of ``source``'s parameters that is not finite.
+
+    One NaN makes every score NaN, which sorts first: all would be found at rank 1.
+    """
+    for name, value in module.state_dict().items():
+        # A sum is quicker; it also exceeds a type's range where no element does.
+        if not torch.isfinite(value.sum()) and not (finite := torch.isfinite(value)).all():
+            raise InputError(
+                f"{source}: {int((~finite).sum()):,} of {value.numel():,} values of {name} are not "
+                "finite (NaN or infinite); take another checkpoint"
+            )
 
 
 class QuReModel(PreTrainedModel):
@@ -86,9 +103,34 @@ class QuReModel(PreTrainedModel):
         self.freeze_vision_encoder()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> QuReModel:
-        """As transformers' own; the encoder is frozen, which loading would otherwise undo."""
-        model: QuReModel = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(  # type: ignore[override]
+        cls, source: Any, *args: Any, **kwargs: Any
+    ) -> QuReModel:
+        """As transformers' own, from a directory, its URI or a hub id, with its encoder frozen.
+
+        A committed directory of ours is checked against its manifest. Raises `InputError` if a file
+        is damaged, a parameter missing, unknown or not finite.
+        """
+        with storage.local_copy(str(source), leave_out={OPTIMIZER_FILE}) as directory:
+            return cls.from_directory(directory, str(source), *args, **kwargs)
+
+    @classmethod
+    def from_directory(cls, directory: str, source: str, *args: Any, **kwargs: Any) -> QuReModel:
+        """`from_pretrained` of a directory whose files were checked, called ``source``."""
+        loaded: Any = super().from_pretrained(directory, *args, output_loading_info=True, **kwargs)
+        model: QuReModel = loaded[0]
+        faults = [
+            f"{len(names)} parameter(s) {what}, first {min(map(str, names))}"
+            for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if (names := loaded[1].get(what))
+        ]
+        if faults:
+            raise InputError(
+                f"{source}: does not hold this model's weights: {'; '.join(faults)}".replace(
+                    "_keys", ""
+                )
+            )
+        check_finite(model, source)
         model.freeze_vision_encoder()
         return model
 

@@ -21,7 +21,7 @@ from qure_core.embedding_shards import OPTIMIZER_FILE
 from qure_core.errors import InputError
 from qure_core.model.configuration import QuReConfig, preset
 from qure_core.model.lavis import load_converted
-from qure_core.model.modeling import QuReModel
+from qure_core.model.modeling import QuReModel, check_finite
 from qure_core.model.processing import QuReProcessor, with_decoder_token
 
 transformers_logging.disable_progress_bar()  # a bar for every checkpoint drowns the log
@@ -56,6 +56,19 @@ def _load_tokenizer(directory: str, source: str) -> PreTrainedTokenizerBase:
             f"model.tokenizer: cannot load {source!r} ({first_line(error)}); give a "
             "directory with a BERT vocabulary, or a hub id on a machine that reaches the hub"
         ) from None
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: QuReModel, source: str) -> None:
+    """Raise `InputError` unless ``tokenizer`` has as many words as ``model`` has vectors for."""
+    words, vectors = len(tokenizer), model.config.qformer["vocab_size"]
+    if words != vectors:
+        raise InputError(
+            f"model.tokenizer: {source!r} has {words:,} words ([DEC] included) and the model "
+            f"vectors for {vectors:,}: texts would be read as other words; give the tokenizer that "
+            "the weights were trained with (bert-base-uncased for BLIP-2)"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.cls_token_id is None:
+        raise InputError(f"model.tokenizer: {source!r} has no [PAD] or [CLS]: not BERT's")
 
 
 def build_model(
@@ -96,20 +109,24 @@ def _load_model(
     if found == "qure":
         config = QuReConfig.from_pretrained(directory)
         _set_dropout(config, dropout)
-        model = QuReModel.from_pretrained(directory, config=config)
-        return model, QuReProcessor.from_pretrained(directory)
+        model = QuReModel.from_directory(directory, source, config=config)
+        processor = QuReProcessor.from_pretrained(directory)
+        check_vocabulary(processor.tokenizer, model, source)
+        if tokenizer and load_tokenizer(tokenizer).get_vocab() != processor.tokenizer.get_vocab():
+            raise InputError(
+                f"model.tokenizer: {tokenizer!r} has other words than those {source!r} was trained "
+                "with, which lie beside it; leave model.tokenizer out"
+            )
+        return model, processor
     if found != "blip-2":
         raise InputError(
             f"model.pretrained: {source!r} is a {found!r} model; a QuRe or BLIP-2 "
             "image-text-retrieval model is needed"
         )
     model = _from_hf_blip2(directory, source, dropout)
+    check_finite(model, source)
     text = load_tokenizer(tokenizer) if tokenizer else _load_tokenizer(directory, source)
-    vocabulary = model.config.qformer["vocab_size"]
-    if len(text) > vocabulary:
-        raise InputError(
-            f"model.tokenizer: {len(text)} tokens do not fit the model's vocabulary of {vocabulary}"
-        )
+    check_vocabulary(text, model, tokenizer or source)
     return model, QuReProcessor(
         text, model.config.vision["image_size"], model.config.max_text_tokens
     )

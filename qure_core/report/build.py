@@ -32,7 +32,7 @@ def example_queries(split: Split, count: int, seed: int) -> list[Triplet]:
     return [split.triplets[i] for i in sorted(chosen)]
 
 
-def build_report(settings: Settings, train: Split, val: Split) -> str:
+def build_report(settings: Settings, train: Split, val: Split | None) -> str:
     """Write report/index.html, one file with everything inside; return its URI."""
     run_dir = settings.run.dir
     evaluations = committed(run_dir, "evaluations")
@@ -41,7 +41,6 @@ def build_report(settings: Settings, train: Split, val: Split) -> str:
     minings = [row["epoch"] for row in rounds]
     mined = {epoch: read_mined_set(round_uri(run_dir, epoch)) for epoch in minings}
     show_train = _shower(train, settings.data.max_image_pixels)
-    show_val = _shower(val, settings.data.max_image_pixels)
     last = mined[minings[-1]] if minings else None
     schedule = mining_epochs(settings.train)
     environment = jinja2.Environment(
@@ -52,7 +51,7 @@ def build_report(settings: Settings, train: Split, val: Split) -> str:
         facts={
             "triplets": f"{len(train.triplets):,}",
             "images": f"{len(train.images):,}",
-            "queries": f"{len(val.triplets):,}",
+            "queries": f"{len(val.triplets):,}" if val else "no",
             "model": settings.model.pretrained or settings.model.preset,
             "epochs": settings.train.epochs,
             "warmup": schedule[0] if schedule else settings.train.epochs,
@@ -61,11 +60,11 @@ def build_report(settings: Settings, train: Split, val: Split) -> str:
         },
         columns=COLUMNS,
         metrics=[_metric_row(row) for row in evaluations],
-        categories=_category_rows(evaluations[-1]),
+        categories=_category_rows(evaluations[-1]) if evaluations else [],
         curves=_curves(lines, evaluations, minings),
         rounds=[_round_row(row, mined[row["epoch"]], train) for row in rounds],
         mined=_mined_examples(settings, train, last, show_train) if last else [],
-        ranked=_ranked_examples(settings, val, evaluations, show_val),
+        ranked=_ranked_examples(settings, val, evaluations) if val else [],
     )
     uri = storage.join(run_dir, "report", "index.html")
     storage.write_bytes(uri, page.encode())
@@ -105,8 +104,9 @@ def _curves(
             "src": loss_curve(epochs["train"], minings, "Bradley-Terry loss"),
             "alt": "training loss",
         },
-        {"src": recall_curve(evaluations, minings), "alt": "recall"},
     ]
+    if evaluations:
+        figures.append({"src": recall_curve(evaluations, minings), "alt": "recall"})
     if epochs["pretrain"]:
         src = loss_curve(epochs["pretrain"], [], "pretraining contrastive loss")
         figures.append({"src": src, "alt": "pretraining loss"})
@@ -184,8 +184,8 @@ def _ranked_examples(
     settings: Settings,
     val: Split,
     evaluations: list[dict[str, Any]],
-    show: Callable[..., dict[str, str]],
 ) -> list[dict[str, Any]]:
+    show = _shower(val, settings.data.max_image_pixels)
     before, after = (
         {
             row["query_id"]: row

@@ -16,17 +16,22 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import yaml
 from tensorboardX import SummaryWriter
 
 from qure_core import storage
-from qure_core.config import Settings
+from qure_core.config import Settings, flatten
 from qure_core.data import Split, load_split, mining_galleries, read_split, write_split
-from qure_core.data.sources import load_descriptions
+from qure_core.data.hashing import image_digests
+from qure_core.data.schema import holds, is_older_split
+from qure_core.data.sources import has_split, load_descriptions
 from qure_core.data.world import make_world
 from qure_core.embedding import embed_splits
+from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.errors import InputError
 from qure_core.evaluation.stage import evaluate_checkpoint, evaluation_job
 from qure_core.features.use import usable_store
@@ -35,6 +40,7 @@ from qure_core.mining.stage import check_corpora, hold_round, mine_round, mining
 from qure_core.model import build_model, learn_tokenizer, load_model
 from qure_core.model.pretrained import load_tokenizer
 from qure_core.monitor import monitored
+from qure_core.parquet import read_parquet, write_parquet
 from qure_core.report.build import build_report
 from qure_core.resources import Plan, connect, plan_resources
 from qure_core.seeds import derive
@@ -77,87 +83,134 @@ _FREE = {
 }
 
 
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict):
-            flat |= _flatten(item, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = item
-    return flat
+def _differences(settings: Settings, sections: Sequence[str]) -> list[str]:
+    """The settings of ``sections`` that the run there, if any, was made with other values of."""
+    uri = storage.join(settings.run.dir, "config.yaml")
+    if not storage.exists(uri):
+        return []
+    before = flatten(yaml.safe_load(storage.read_bytes(uri)))
+    return [
+        f"  {name}: {before.get(name)!r} there, {value!r} now"
+        for name, value in flatten(settings.resolved()).items()
+        if name.split(".")[0] in sections and name not in _FREE and before.get(name) != value
+    ]
 
 
 def check_settings(settings: Settings, sections: Sequence[str]) -> None:
     """Raise `InputError` if the run there, if any, was made with other settings of ``sections``."""
-    uri = storage.join(settings.run.dir, "config.yaml")
-    if not storage.exists(uri):
+    run_dir = settings.run.dir
+    if not _has_learned(run_dir):
         return
-    before = _flatten(yaml.safe_load(storage.read_bytes(uri)))
-    changed = [
-        f"  {name}: {before.get(name)!r} there, {value!r} now"
-        for name, value in _flatten(settings.resolved()).items()
-        if name.split(".")[0] in sections and name not in _FREE and before.get(name) != value
-    ]
-    if changed:
+    if changed := _differences(settings, sections):
         raise InputError(
-            f"run.dir: {settings.run.dir} holds a run with other settings:\n"
-            + "\n".join(changed)
-            + "\nchoose another --run.dir, or remove that directory to start again"
+            f"run.dir: {run_dir} holds a run with other settings:\n"
+            + "\n".join(changed[:7])
+            + (f"\n  ... and {len(changed) - 7} more" if len(changed) > 7 else "")
+            + f"\nto go on with that run give its own, --config {run_dir}/config.yaml; "
+            "for other settings choose another --run.dir"
         )
 
 
+def _has_learned(run_dir: str) -> bool:
+    """Whether a run has trained at all: until then nothing is lost by beginning it again."""
+    return any(latest_epoch(run_dir, stage) for stage in ("pretrain", "train"))
+
+
 def save_config(settings: Settings) -> None:
-    """Write config.yaml, or check that the run there was made with the same settings."""
-    check_settings(settings, list(settings.resolved()))
+    """Write config.yaml; what a run remembers of its settings."""
     uri = storage.join(settings.run.dir, "config.yaml")
     storage.write_bytes(uri, yaml.safe_dump(settings.resolved(), sort_keys=False).encode())
 
 
-def prepare_data(settings: Settings) -> tuple[Split, Split, dict[str, tuple[str, ...]]]:
-    """Load train and val and the mining corpora; keep a copy of them with the run."""
+def begin(settings: Settings) -> None:
+    """Say what a run goes on from; let one that has not trained begin again with these settings."""
+    run_dir, sections = settings.run.dir, list(settings.resolved())
+    check_settings(settings, sections)
+    config = storage.join(run_dir, "config.yaml")
+    known = storage.exists(config)
+    if _has_learned(run_dir):
+        if not known:
+            raise InputError(
+                f"run.dir: {config} is missing, by which a run is known; put it back, or choose "
+                "another --run.dir"
+            )
+        stage = "train" if latest_epoch(run_dir, "train") is not None else "pretrain"
+        epochs = (settings.train if stage == "train" else settings.pretrain).epochs
+        newest = f"{stage}-{latest_epoch(run_dir, stage):04d} of {epochs} epochs"
+        rounds = len(committed(run_dir, "rounds"))
+        print(f"[run] goes on from checkpoint {newest}, {rounds} mined round(s)", flush=True)
+        return
+    if not known or _differences(settings, sections):
+        # Weights that no step has changed yet, of other settings.
+        for stage in ("pretrain", "train"):
+            storage.discard(checkpoint_uri(run_dir, stage, 0), CHECKPOINT_KIND)
+    if known:
+        print(f"[run] {run_dir} had not trained yet and begins again", flush=True)
+
+
+def _kept_split(settings: Settings, uri: str, split: Split) -> Split:
+    """``split``, checked against what the run keeps of it."""
+    kept = read_split(uri) if storage.is_committed(uri) else None
+    if kept and _has_learned(settings.run.dir):
+        if is_older_split(uri) and kept.triplets == split.triplets and holds(kept, split):
+            print(
+                f"[prepare] this run was begun when images of other splits were part of the "
+                f"{split.name} corpus; it goes on so",
+                flush=True,
+            )
+            return replace(split, galleries=kept.galleries)
+        if (kept.triplets, kept.galleries) != (split.triplets, split.galleries):
+            raise InputError(
+                f"data.root: the {split.name} split of {settings.data.root} has changed since this "
+                f"run began ({uri}); choose another --run.dir, or restore the data"
+            )
+    if kept != split:  # it is new, or its images have moved
+        write_split(uri, split)
+    return split
+
+
+def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tuple[str, ...]]]:
+    """Load train, val if there is one, and the mining corpora; keep a copy of them with the run.
+
+    What the images hold is remembered too, so that a run does not go on with other pixels.
+    """
     data = settings.data
     if data.format == "world" and make_world(data.root, data.world):
         print(f"[prepare] drew {data.world.images:,} images in {data.root}", flush=True)
     folder = storage.join(settings.run.dir, "data")
-    splits = []
-    for name in ("train", "val"):
-        uri = storage.join(folder, name)
-        split = load_split(data, name)
-        kept = read_split(uri) if storage.is_committed(uri) else None
-        if kept and (kept.triplets, kept.galleries) != (split.triplets, split.galleries):
-            raise InputError(
-                f"data.root: the {name} split of {data.root} has changed since this run "
-                f"began ({uri}); choose another --run.dir, or restore the data"
-            )
-        if kept != split:  # it is new, or its images have moved
-            write_split(uri, split)
-        splits.append(split)
-    train, val = splits
+    train = _kept_split(settings, storage.join(folder, "train"), load_split(data, "train"))
+    val = None
+    if has_split(data, "val"):
+        val = _kept_split(settings, storage.join(folder, "val"), load_split(data, "val"))
     corpora = mining_galleries(data, train)
     check_corpora(train, corpora)
     storage.write_json(storage.join(folder, "corpora.json"), corpora)
     storage.write_json(storage.join(folder, "captions.json"), load_descriptions(data, train))
+    count = f"{len(val.triplets):,} val" if val else "no val"
     print(
-        f"[prepare] {len(train.triplets):,} train and {len(val.triplets):,} val triplets; "
-        f"mining corpus: "
+        f"[prepare] {len(train.triplets):,} train and {count} triplets; mining corpus: "
         + ", ".join(f"{category} {len(ids):,}" for category, ids in corpora.items()),
         flush=True,
+    )
+    if not val:
+        print("[prepare] there is no val split: evaluations and their figures are skipped")
+    remember_contents(
+        storage.join(folder, "contents.parquet"), used_images(settings, train, val, corpora)
     )
     return train, val, corpora
 
 
-def starting_checkpoint(settings: Settings, plan: Plan, train: Split) -> None:
-    """Commit the checkpoint that fine-tuning starts from (stage "train", epoch 0)."""
+def first_checkpoint(settings: Settings, train: Split) -> None:
+    """Commit the weights that a run starts with, unless it has some: given, or random."""
     run_dir, model_settings = settings.run.dir, settings.model
-    if latest_epoch(run_dir, "train") is not None:
+    if any(latest_epoch(run_dir, stage) is not None for stage in ("pretrain", "train")):
         return
-    start = checkpoint_uri(run_dir, "train", 0)
     if model_settings.pretrained:
         model, processor = load_model(
             model_settings.pretrained, model_settings.tokenizer, model_settings.dropout
         )
         facts = {"stage": "train", "epoch": 0, "origin": model_settings.pretrained}
-        save_checkpoint(start, model, processor, facts)
+        save_checkpoint(checkpoint_uri(run_dir, "train", 0), model, processor, facts)
         return
     captions = storage.read_json(storage.join(run_dir, "data", "captions.json"))
     if settings.pretrain.epochs and len(captions) < settings.pretrain.batch_size:
@@ -167,28 +220,39 @@ def starting_checkpoint(settings: Settings, plan: Plan, train: Split) -> None:
             "({image id: caption} in data.descriptions), or weights (model.pretrained), or start "
             "from random weights with --pretrain.epochs 0"
         )
-    if latest_epoch(run_dir, "pretrain") is None:
-        if model_settings.tokenizer:
-            tokenizer = load_tokenizer(model_settings.tokenizer)
-        else:
-            texts = sorted({*captions.values(), *(t.text for t in train.triplets)})
-            tokenizer = learn_tokenizer(texts, model_settings.vocabulary_size)
-        model, processor = build_model(
-            model_settings.preset,
-            tokenizer,
-            model_settings.dropout,
-            derive(settings.run.seed, "weights"),
-        )
-        facts = {"stage": "pretrain", "epoch": 0, "origin": "random weights"}
-        save_checkpoint(checkpoint_uri(run_dir, "pretrain", 0), model, processor, facts)
+    if model_settings.tokenizer:
+        tokenizer = load_tokenizer(model_settings.tokenizer)
+    else:
+        texts = sorted({*captions.values(), *(t.text for t in train.triplets)})
+        tokenizer = learn_tokenizer(texts, model_settings.vocabulary_size)
+    model, processor = build_model(
+        model_settings.preset,
+        tokenizer,
+        model_settings.dropout,
+        derive(settings.run.seed, "weights"),
+    )
+    facts = {"stage": "pretrain", "epoch": 0, "origin": "random weights"}
+    save_checkpoint(checkpoint_uri(run_dir, "pretrain", 0), model, processor, facts)
+
+
+def pretrain(settings: Settings, plan: Plan) -> None:
+    """Commit the checkpoint that fine-tuning starts from (stage "train", epoch 0)."""
+    run_dir = settings.run.dir
+    if latest_epoch(run_dir, "train") is not None:
+        return
     done = settings.pretrain.epochs
     if (latest_epoch(run_dir, "pretrain") or 0) < done:
         segment = Segment("pretrain", run_dir, settings.resolved(), done)
         run_segment(segment, settings.cluster, plan)
     model, processor = load_model(checkpoint_uri(run_dir, "pretrain", done))
     model.freeze_vision_encoder()
+    captions = storage.read_json(storage.join(run_dir, "data", "captions.json"))
     origin = f"{done} epochs of image-text pretraining on {len(captions)} captions"
-    save_checkpoint(start, model, processor, {"stage": "train", "epoch": 0, "origin": origin})
+    facts = {"stage": "train", "epoch": 0, "origin": origin}
+    save_checkpoint(checkpoint_uri(run_dir, "train", 0), model, processor, facts)
+
+
+_CONTENTS = pa.schema([(name, pa.string()) for name in ("image_id", "uri", "stamp", "sha256")])
 
 
 def training_images(train: Split, corpora: dict[str, tuple[str, ...]]) -> dict[str, str]:
@@ -200,10 +264,48 @@ def training_images(train: Split, corpora: dict[str, tuple[str, ...]]) -> dict[s
 
 
 def used_images(
-    settings: Settings, train: Split, val: Split, corpora: dict[str, tuple[str, ...]]
+    settings: Settings, train: Split, val: Split | None, corpora: dict[str, tuple[str, ...]]
 ) -> dict[str, str]:
     """URIs by id of all images that a run reads."""
-    return training_images(train, corpora) | evaluation_job(settings, val, "").images()
+    evaluated = evaluation_job(settings, val, "").images() if val else {}
+    return training_images(train, corpora) | evaluated
+
+
+def remember_contents(uri: str, images: dict[str, str]) -> None:
+    """Note what each image file holds (SHA-256), or check that it still holds it.
+
+    Only files whose place, size or times differ from before are read again. Raises `InputError` if
+    one has changed: half of a run would have seen other pixels than the other half.
+    """
+    known: dict[str, dict[str, str]] = {}
+    if storage.exists(uri):
+        known = {row["image_id"]: row for row in read_parquet(uri).to_pylist()}
+    stamps = storage.stamps(images.values())
+    asked = {
+        name: image
+        for name, image in images.items()
+        if name not in known
+        or (known[name]["uri"], known[name]["stamp"]) != (image, stamps.get(image))
+    }
+    digests = image_digests(asked.values())
+    changed = [
+        image
+        for name, image in asked.items()
+        if name in known and digests.get(image) != known[name]["sha256"]
+    ]
+    if changed:
+        raise InputError(
+            f"data.root: {len(changed):,} image(s) are not what they were when this run began, "
+            f"first {changed[0]}; restore them, or choose another --run.dir"
+        )
+    rows = [row for name, row in known.items() if name not in asked]
+    rows += [
+        {"image_id": name, "uri": image, "stamp": stamps[image], "sha256": digests[image]}
+        for name, image in asked.items()
+        if image in digests and image in stamps
+    ]
+    if asked:
+        write_parquet(uri, pa.Table.from_pylist(rows, _CONTENTS))
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -212,23 +314,26 @@ def run(settings: Settings) -> dict[str, Any]:
     check_apart(run_dir, settings.data.root)
     check_tracker(settings)
     claim_run(run_dir)
+    connect()
     events = storage.join(run_dir, "events.jsonl")
     with (
         hold(run_dir, "training") as run_lease,
         monitored(events, "training", settings.resolved()) as monitor,
     ):
-        save_config(settings)
-        connect()
+        begin(settings)
         plan = plan_resources(settings.cluster)
         train, val, corpora = prepare_data(settings)
-        starting_checkpoint(settings, plan, train)
+        first_checkpoint(settings, train)
+        # Only now: settings that fail a check so far may be corrected.
+        save_config(settings)
+        pretrain(settings, plan)
         start = checkpoint_uri(run_dir, "train", 0)
         if settings.features == "build":
             # Once for all that the run will read; each stage then finds its own images there.
             usable_store(settings, plan, start, used_images(settings, train, val, corpora))
 
         minings = set(mining_epochs(train_settings))
-        evaluations = evaluation_epochs(train_settings)
+        evaluations = evaluation_epochs(train_settings) if val else {}
         stops = stage_boundaries(train_settings)
         keep = tuple(stops)
         mined_at: int | None = None
@@ -241,14 +346,14 @@ def run(settings: Settings) -> dict[str, Any]:
             mined = round_uri(run_dir, stop) if mines else None
             with hold_round(mined, wait=True) if mined else nullcontext() as lease:
                 jobs = []
-                if evaluation and not storage.is_committed(evaluation):
+                if val and evaluation and not storage.is_committed(evaluation):
                     jobs.append(evaluation_job(settings, val, evaluation))
                 if mined and not storage.is_committed(mined):
                     jobs.append(mining_job(train, corpora, mined, settings.mining.stored))
                 # Both at once: starting the actors is most of the cost on small data.
                 if jobs:
                     embed_splits(checkpoint, jobs, settings, plan, settings.mining.corpus_shards)
-                if evaluation:
+                if val and evaluation:
                     manifest = evaluate_checkpoint(
                         settings, plan, checkpoint, val, evaluation, evaluations[stop]
                     )
@@ -304,6 +409,19 @@ def describe_evaluation(manifest: dict[str, Any]) -> str:
             f"  relevant in top 10 {relevance['relevant in top 10']:.2f}"
         )
     return line
+
+
+def summary_table(evaluations: dict[str, Any]) -> str:
+    """Start, end of warm-up and end side by side."""
+    lines = [f"{'':<24}{'R@10':>9}{'R@50':>9}{'mean':>9}{'R-prec.':>9}{'in top 10':>11}"]
+    for name, metrics in evaluations.items():
+        average = metrics["recall"]["average"]
+        values = [average["R@10"], average["R@50"], average["mean"]]
+        cells = "".join(f"{value:>9.2f}" for value in values)
+        if relevance := metrics.get("relevance"):
+            cells += f"{relevance['R-precision']:>9.2f}{relevance['relevant in top 10']:>11.2f}"
+        lines.append(f"{name:<24}{cells}")
+    return "\n".join(lines)
 
 
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,7 @@ from ray.train.torch import TorchTrainer
 
 from qure_core import storage
 from qure_core.config import ClusterSettings
-from qure_core.errors import InputError, chain
+from qure_core.errors import InputError, input_error
 from qure_core.monitor import current
 from qure_core.resources import Plan
 from qure_core.training.segment import Segment
@@ -22,11 +23,18 @@ _NOTES_KIND = storage.Kind(
 
 
 def _worker(config: dict[str, Any]) -> None:
+    if storage.exists(config["fault"]):
+        return  # another try, where the input is as bad as before: the driver says so
     # Imported here, so that Ray Train's controller, which unpickles this function, need not
     # import the model libraries too.
     from qure_core.training.loop import train_segment
 
-    train_segment(Segment(**config["segment"]), config["board"])
+    try:
+        train_segment(Segment(**config["segment"]), config["board"])
+    except Exception as error:
+        if (bad := input_error(error)) is not None:
+            storage.write_json(config["fault"], str(bad))
+        raise
 
 
 def _scratch(run_dir: str) -> str:
@@ -50,6 +58,7 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
     """
     name = f"{segment.stage}-{segment.last_epoch}-{uuid.uuid4().hex[:8]}"
     scratch = _scratch(segment.run_dir)
+    fault = storage.join(scratch, name, "fault.json")
     arrow_filesystem, arrow_path = storage.arrow_filesystem(scratch)
     monitor = current()
     if monitor:
@@ -59,6 +68,7 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
         _worker,
         train_loop_config={
             "segment": asdict(segment),
+            "fault": fault,
             "board": monitor.make_board() if monitor else None,
         },
         scaling_config=ScalingConfig(
@@ -77,16 +87,37 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
     )
     storage.begin(storage.join(scratch, name), _NOTES_KIND)
     try:
-        trainer.fit()
+        _fit(trainer)
+        raise_fault(fault)
     except Exception as error:
-        if message := _input_error(error):
-            raise InputError(message) from None
+        raise_fault(fault)
+        if (bad := input_error(error)) is not None:
+            raise bad from None
         raise
     finally:
         # Only this driver's: another may have begun.
         storage.discard(storage.join(scratch, name), _NOTES_KIND)
 
 
-def _input_error(error: BaseException) -> str | None:
-    """The message of an `InputError` raised in a worker, if that is what stopped the stage."""
-    return next((str(link) for link in chain(error) if isinstance(link, InputError)), None)
+def raise_fault(uri: str) -> None:
+    """Raise the `InputError` that a worker noted at ``uri``, if one did."""
+    if storage.exists(uri):
+        raise InputError(storage.read_json(uri))
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """`trainer.fit` in a thread: in the main one it would take Ctrl-C for itself."""
+    failed: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # raised below
+            failed.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)  # an interruption is seen in between
+    if failed:
+        raise failed[0]

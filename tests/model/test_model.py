@@ -355,7 +355,7 @@ def test_convert_writes_what_from_pretrained_reads(name: str, tmp_path: Path) ->
     model, processor = load_model(str(tmp_path / "out"))
     for before, after in zip(outputs(source, processor), outputs(model, processor), strict=True):
         assert torch.equal(before, after)
-    command[3] = str(tmp_path / "missing.pth")
+    command[3:5] = [str(tmp_path / "missing.pth"), str(tmp_path / "new")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "missing.pth: no such file" in done.stderr

@@ -15,6 +15,7 @@ from test_run import kill_when, started, weights
 from qure_core.data import read_split
 from qure_core.errors import InputError
 from qure_core.mining import read_mined_set
+from qure_core.training.place import MARK
 
 
 def flip(file: Path, place: float = 0.5) -> None:
@@ -59,6 +60,7 @@ def test_a_truncated_part_of_a_round_is_made_again(
     run_dir = tmp_path / "run"
     for name in ("checkpoints/train-0002", "rounds/epoch-0002"):
         shutil.copytree(finished[0] / name, run_dir / name)
+    shutil.copy(finished[0] / MARK, run_dir)
     part = run_dir / "rounds/epoch-0002/part-00001.parquet"
     whole = part.read_bytes()
     part.write_bytes(whole[: len(whole) // 2])
@@ -78,6 +80,7 @@ def test_a_flipped_byte_is_noticed(
     run_dir = tmp_path / "run"
     for name in ("checkpoints/train-0002", "rounds/epoch-0002", "data/train"):
         shutil.copytree(finished[0] / name, run_dir / name)
+    shutil.copy(finished[0] / MARK, run_dir)
     part = run_dir / "rounds/epoch-0002/part-00001.parquet"
     flip(part)
     with pytest.raises(InputError, match=r"part-00001\.parquet: content differs from its manifest"):

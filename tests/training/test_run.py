@@ -58,6 +58,7 @@ def test_a_whole_run(finished: tuple[Path, str]) -> None:
     # No stage leaves scratch behind.
     left = {path.name for path in run_dir.iterdir()} - {".lock"}
     assert left == {
+        "run.json",
         "config.yaml",
         "data",
         "checkpoints",
@@ -113,6 +114,8 @@ def started(finished: tuple[Path, str], run_dir: Path) -> None:
     """A run directory as it is when a job was killed right after its start was evaluated."""
     for name in ("checkpoints/train-0000", "checkpoints/pretrain-0001", "evaluations/epoch-0000"):
         shutil.copytree(finished[0] / name, run_dir / name)
+    for name in ("run.json", "config.yaml"):
+        shutil.copy(finished[0] / name, run_dir)
     (run_dir / "metrics").mkdir()
     shutil.copy(finished[0] / "metrics/pretrain-0001.jsonl", run_dir / "metrics")
 
