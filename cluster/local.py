@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -45,6 +46,8 @@ from qure_core.ray_start import (
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 START_SECONDS = 90
+# What Ray's job server writes into a job's log.
+_JOB_MANAGER = re.compile(r"\S+ \S+\s+INFO job_manager\.py.*|Running entrypoint for job .*")
 STOP_SECONDS = 6.0  # that a job has to end in after it was told to
 
 
@@ -52,7 +55,8 @@ def _environment() -> dict[str, str]:
     """This environment with token authentication on and this Python's scripts first on PATH."""
     environment = dict(os.environ)
     scripts = str(Path(sys.executable).parent)
-    environment.pop("RAY_ADDRESS", None)  # the address is always passed explicitly
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        environment.pop(name, None)  # the address is always passed explicitly
     environment["PATH"] = os.pathsep.join([scripts, environment.get("PATH", "")])
     environment.setdefault("RAY_AUTH_MODE", "token")
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -136,12 +140,14 @@ def _stop(head: subprocess.Popen[bytes]) -> None:
 
 def submit(address: str, environment: dict[str, str], command: list[str]) -> int:
     """Submit ``command`` with this directory as its working directory, and follow it."""
-    os.environ.update(environment)
+    os.environ.clear()
+    os.environ.update(environment)  # without RAY_ADDRESS, which the client would follow instead
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # what is packed and where it goes
-    console = Console(sys.stdout)
+    console = Console(sys.stdout, unshown=_JOB_MANAGER)
     client = JobSubmissionClient(address)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
+        logging.getLogger(name).setLevel(logging.WARNING)  # what is packed and where it goes
     job = client.submit_job(
         entrypoint=shlex.join(command),
         submission_id=f"qure-{uuid.uuid4().hex[:12]}",

@@ -97,7 +97,7 @@ def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
 
 def inspect() -> None:
     # matplotlib is needed here alone.
-    from qure_core.report.inspect import describe_query, describe_round, draw_query
+    from qure_core.report.inspect import check_picture, describe_query, describe_round, draw_query
 
     parser = argparse.ArgumentParser(
         prog="pipelines/mine.py inspect", description="Show what a mining round found."
@@ -110,10 +110,12 @@ def inspect() -> None:
     parser.add_argument("--top", type=int, default=20, help="negatives listed (default: 20)")
     chosen = parser.parse_args(sys.argv[2:])
     uri = storage.resolve(chosen.round)
+    if chosen.query:
+        picture = storage.resolve(chosen.picture or f"{chosen.query.replace('/', '_')}.png")
+        check_picture(picture)
     print(describe_round(uri))
     if chosen.query:
         print(describe_query(uri, chosen.query, chosen.top))
-        picture = storage.resolve(chosen.picture or f"{chosen.query.replace('/', '_')}.png")
         draw_query(uri, chosen.query, picture)
         print(f"curve: {picture}", flush=True)
 

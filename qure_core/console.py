@@ -29,10 +29,15 @@ _KEPT_DAYS = 7
 
 
 class Console(io.TextIOBase):
-    """A stream of lines: ours to ``shown``, those that Ray brings from elsewhere to ``log``."""
+    """A stream of lines: ours to ``shown``, those that Ray brings from elsewhere to ``log``.
 
-    def __init__(self, shown: TextIO, log: TextIO | None = None) -> None:
-        self.shown, self.log = shown, log
+    Lines that ``unshown`` matches as a whole are dropped.
+    """
+
+    def __init__(
+        self, shown: TextIO, log: TextIO | None = None, unshown: re.Pattern[str] | None = None
+    ) -> None:
+        self.shown, self.log, self.unshown = shown, log, unshown
         self._terminal = shown.isatty()
         self._lock = threading.RLock()
         self._rest = ""
@@ -71,6 +76,8 @@ class Console(io.TextIOBase):
             self.flush()
 
     def _line(self, line: str) -> None:
+        if self.unshown and self.unshown.fullmatch(line):
+            return
         if self.log is not None and (match := _WORKER.match(line)):
             # Of a worker, or of Ray itself.
             print(line, file=self.log, flush=True)

@@ -29,7 +29,7 @@ os.environ["RAY_ADDRESS"] = "local"
 # the other needs none of it; the next longest follow, so that none is left alone at the end.
 FIRST = [
     *("test_run.py", "test_object_storage.py", "test_whole_job.py", "test_evaluate.py"),
-    *("test_faults.py", "test_bad_input.py", "test_damage.py"),
+    *("test_walkthrough.py", "test_faults.py", "test_bad_input.py", "test_damage.py"),
 ]
 
 

@@ -35,6 +35,37 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     assert "blip2-vit-l" in message
 
 
+@pytest.mark.parametrize("number", ["1e400", "inf", "-inf", "nan"])
+@pytest.mark.parametrize("name", ["train.lr", "mining.min_steepness", "pretrain.weight_decay"])
+def test_every_number_is_finite(name: str, number: str) -> None:
+    with pytest.raises(InputError, match=rf"{name}: .*finite number"):
+        load(f"--{name}={number}")
+
+
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--config: .* cannot be read \(Is a directory\)"):
+        load("--config", str(tmp_path))
+    bad = tmp_path / "bad.yaml"
+    for data in (b"train: [", b"\xff\xfe\x00"):
+        bad.write_bytes(data)
+        with pytest.raises(InputError, match=r"bad\.yaml: not valid YAML") as caught:
+            load("--config", str(bad))
+        assert "\n" not in str(caught.value)
+
+
+def test_the_default_recipe_is_taken_only_where_nothing_of_it_is_set() -> None:
+    recipe = ROOT / "configs/quickstart.yaml"
+
+    def taken(*arguments: str) -> tuple[bool, float]:
+        settings, chosen = load_settings(arguments, "train.py", "", default=recipe)
+        return chosen.default_used, settings.train.lr
+
+    assert taken() == (True, 5e-4)
+    assert taken("--run.dir=x", "--data.root=y", "--run.seed=3") == (True, 5e-4)
+    assert taken("--train.epochs=7") == (False, 5e-6)
+    assert taken("--config", str(ROOT / "configs/cirr.yaml")) == (False, 1e-5)
+
+
 def test_impossible_schedule_is_refused() -> None:
     with pytest.raises(InputError, match=r"mining_definitions=6 exceeds train.epochs=3"):
         load("--train.epochs", "3")

@@ -127,9 +127,10 @@ class ImageFolder:
     def missing(self, name: str) -> str:
         """What to say of an image that is not there: also the name that may have been meant."""
         text = f"image {name!r} is missing in {self.uri}"
-        stem, tail = str(PurePosixPath(name).with_suffix("")), name.split("/")
-        plain = stem if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else name
-        for candidate in (plain, *("/".join(plain.split("/")[i:]) for i in range(1, len(tail)))):
+        path = PurePosixPath(name)
+        plain = name.removesuffix(path.suffix) if path.suffix.lower() in IMAGE_SUFFIXES else name
+        parts = plain.split("/")
+        for candidate in ("/".join(parts[start:]) for start in range(len(parts))):
             if candidate in self._uri_of:
                 return f"{text}; write {candidate!r}: names have no suffix and begin below it"
         self._asked += 1

@@ -50,8 +50,8 @@ def main() -> None:
         default="bert-base-uncased",
         help="BERT tokenizer as a path, a URI or a hub id (default: %(default)s)",
     )
-    parser.add_argument("--vision-heads", type=int, help="attention heads (default: width / 64)")
-    parser.add_argument("--qformer-heads", type=int, help="attention heads (default: width / 64)")
+    parser.add_argument("--vision-heads", type=int, help="if not ViT-L's or ViT-g's")
+    parser.add_argument("--qformer-heads", type=int, help="if not BERT-base's")
     parser.add_argument("--clip", help="Hugging Face CLIP for the encoder: path, URI, hub id")
     parser.add_argument("--blip2", help="Hugging Face BLIP-2 for the Q-Former: path, URI, hub id")
     chosen = parser.parse_args()

@@ -181,14 +181,18 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return value
 
 
-def _heads(width: int, each: int, option: str) -> int:
-    """The attention heads of a published model ``width`` wide."""
-    if width % each:
+_HEADS = {768: 12, 1024: 16, 1408: 16}
+"""Attention heads of the published parts, by width: BERT-base, ViT-L/14 and ViT-g."""
+
+
+def _heads(width: int, option: str) -> int:
+    """The attention heads of a published part ``width`` wide; they leave no trace in shapes."""
+    if width not in _HEADS:
         raise InputError(
-            f"{option}: a width of {width} is no multiple of {each}, a head's in the published "
-            f"models, so the number of heads cannot be told from the file; give {option}"
+            f"{option}: how many attention heads a part {width} wide has cannot be told from the "
+            f"file; give {option}"
         )
-    return width // each
+    return _HEADS[width]
 
 
 def infer_config(
@@ -196,7 +200,7 @@ def infer_config(
 ) -> QuReConfig:
     """The configuration that a LAVIS state dict's shapes imply.
 
-    Heads leave no trace in the shapes: they default to width / 64, or width / 88 for ViT-g.
+    Heads leave no trace in the shapes: by default they are those of the published widths.
     """
 
     def count(prefix: str) -> int:
@@ -221,7 +225,7 @@ def infer_config(
         "hidden_size": width,
         "intermediate_size": shape(f"{block}.0.mlp.{'c_fc' if clip else 'fc1'}.weight")[0],
         "num_hidden_layers": count(re.escape(block)),
-        "num_attention_heads": vision_heads or _heads(width, 64 if clip else 88, "--vision-heads"),
+        "num_attention_heads": vision_heads or _heads(width, "--vision-heads"),
         "image_size": round((tokens - 1) ** 0.5) * patch,
         "patch_size": patch,
         "hidden_act": "quick_gelu" if clip else "gelu",
@@ -236,7 +240,7 @@ def infer_config(
         "hidden_size": hidden,
         "intermediate_size": shape(f"{layer}.0.intermediate_query.dense.weight")[0],
         "num_hidden_layers": count(re.escape(layer)),
-        "num_attention_heads": qformer_heads or _heads(hidden, 64, "--qformer-heads"),
+        "num_attention_heads": qformer_heads or _heads(hidden, "--qformer-heads"),
         "max_position_embeddings": shape("Qformer.bert.embeddings.position_embeddings.weight")[0],
         "encoder_hidden_size": shape(f"{layer}.0.crossattention.self.key.weight")[1],
     }

@@ -58,17 +58,33 @@ def _load_tokenizer(directory: str, source: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
+_BLIP2_WORDS = 30_523
+_BERT_WORDS = {"[PAD]": 0, "[CLS]": 101, "[SEP]": 102, "the": 1996}  # some, by their numbers
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: QuReModel, source: str) -> None:
-    """Raise `InputError` unless ``tokenizer`` has as many words as ``model`` has vectors for."""
+    """Raise `InputError` if ``tokenizer`` cannot be the one that ``model`` was trained with.
+
+    That is: it has more words than the model has vectors, or, where there are as many vectors as
+    BLIP-2 has, is not BERT's. With fewer words a warning is printed: vectors may be padding.
+    """
     words, vectors = len(tokenizer), model.config.qformer["vocab_size"]
-    if words != vectors:
+    given = tokenizer.get_vocab()
+    is_bert = all(given.get(word) == number for word, number in _BERT_WORDS.items())
+    if words > vectors or (vectors == _BLIP2_WORDS and not is_bert):
         raise InputError(
-            f"model.tokenizer: {source!r} has {words:,} words ([DEC] included) and the model "
-            f"vectors for {vectors:,}: texts would be read as other words; give the tokenizer that "
-            "the weights were trained with (bert-base-uncased for BLIP-2)"
+            f"model.tokenizer: {source!r} has {words:,} words ([DEC] included), and not those that "
+            f"the model has {vectors:,} vectors for: texts would be read as others; give the "
+            "tokenizer that the weights were trained with (bert-base-uncased for BLIP-2)"
         )
     if tokenizer.pad_token_id is None or tokenizer.cls_token_id is None:
         raise InputError(f"model.tokenizer: {source!r} has no [PAD] or [CLS]: not BERT's")
+    if words < vectors:
+        print(
+            f"warning: model.tokenizer: {source!r} has {words:,} words where the model has vectors "
+            f"for {vectors:,}; make sure that it is the one the weights were trained with",
+            flush=True,
+        )
 
 
 def build_model(

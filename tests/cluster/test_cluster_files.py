@@ -132,7 +132,15 @@ def test_job_and_schedule_work_on_one_run_and_fit_the_pods(
     ("values", "message"),
     [
         ({"worker_cpus": 8}, "worker_cpus: 8 leave nothing beside the 8 CPUs"),
-        ({"replicas": 3}, r"unknown values \['replicas'\]"),
+        ({"replicas": 3}, r"replicas: Extra inputs are not permitted \(got 3\)"),
+        ({"workers": "12"}, r"workers: .* integer \(got '12'\); it is a whole number"),
+        ({"image": None}, r"image: .* \(got None\); it is an image"),
+        ({"schedule": "nonsense"}, "schedule: not right .* it is five fields of cron"),
+        ({"schedule": "99 * * * *"}, "schedule: 99 is not from 0 to 59"),
+        ({"worker_memory": "64Gigs"}, "worker_memory: not right .* a quantity such as 64Gi"),
+        ({"run_dir": "runs/x"}, "run_dir: not right .* a URI that all pods reach"),
+        ({"data_root": "file:///data"}, "data_root: not right .* a URI that all pods reach"),
+        ({"config": "nope"}, "config: no such config"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
@@ -144,6 +152,32 @@ def test_wrong_values_are_refused(tmp_path: Path, values: dict[str, Any], messag
     assert result.returncode == 2
     assert re.search(message, result.stderr), result.stderr
     assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "No such file"), ("a: [", "not valid YAML"), ("3", "not a mapping")],
+)
+def test_values_that_cannot_be_read_are_one_line(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    file = tmp_path / "values.yaml"
+    if text is not None:
+        file.write_text(text)
+    command = [sys.executable, str(ROOT / "cluster/render.py"), "all", "--values", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_schedule_may_be_any_that_cron_takes() -> None:
+    sys.path.insert(0, str(ROOT / "cluster"))
+    from render import Values
+
+    values = yaml.safe_load((ROOT / "cluster/values.yaml").read_text())
+    for schedule in ("0 3 * * 1-5", "5,35 */2 1 JAN,JUL *", "@daily", "15 0-6/2 * * SUN"):
+        assert Values(**values | {"schedule": schedule}).schedule == schedule
 
 
 def test_container_file_copies_what_exists() -> None:
@@ -195,9 +229,41 @@ def test_a_job_runs_on_a_head_that_does_not_outlive_it(tmp_path: Path) -> None:
     job = local(tmp_path, code)
     output, _ = job.communicate(timeout=250)
     assert f"home {tmp_path}" in output, output
-    assert job.returncode != 0
+    assert job.returncode == 3
     wait_until_gone(tmp_path)
-    assert "starting a local Ray head" in output
+    # Nothing of Ray's packaging and job server stands between.
+    assert output.splitlines() == [
+        "[local] starting a Ray head for this job ...",
+        f"home {tmp_path}",
+    ]
+
+
+@pytest.mark.timeout(400)
+def test_the_heads_own_line_submits_a_job(tmp_path: Path) -> None:
+    """As printed, from a shell that has no token: also where Ray never made one."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_A")}
+    environment |= {MARK: str(tmp_path), "HOME": str(tmp_path)}
+    head = subprocess.Popen(
+        [sys.executable, str(ROOT / "cluster/local.py"), "head"],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert head.stdout is not None
+        assert "Ray head: http://127.0.0.1:" in head.stdout.readline()
+        line = head.stdout.readline().replace("python pipelines/train.py", "echo well submitted")
+        done = subprocess.run(
+            ["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "well submitted" in done.stdout
+    finally:
+        os.killpg(head.pid, signal.SIGINT)
+        head.wait(timeout=10)
+    wait_until_gone(tmp_path)
 
 
 @pytest.mark.timeout(400)
@@ -212,7 +278,7 @@ def test_interrupt_stops_the_job_and_the_head(tmp_path: Path) -> None:
         time.sleep(0.2)
     assert any("gcs_server" in process.name() for process in processes_of(tmp_path))
     os.killpg(job.pid, signal.SIGINT)
-    output, _ = job.communicate(timeout=200)
+    output, _ = job.communicate(timeout=10)
     assert "stopping the job" in output, output
     assert job.returncode == 130
     wait_until_gone(tmp_path)

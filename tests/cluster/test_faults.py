@@ -39,7 +39,7 @@ def options(run: str, *more: str) -> list[str]:
 
 def put_stage(server: S3Server, finished: Path, run: str, names: list[str]) -> None:
     """Some committed directories of the finished run, as a job that ended there left them."""
-    for name in names:
+    for name in [*names, "run.json", "config.yaml"]:
         source = finished / name
         if source.is_dir():
             server.files().put(f"{source}/", f"{run}/{name}/", recursive=True)

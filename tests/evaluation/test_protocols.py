@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qure_core.data.schema import Split, Triplet
 from qure_core.errors import InputError
 from qure_core.evaluation.protocols import (
     average_precision,
@@ -27,7 +29,7 @@ from qure_core.evaluation.protocols import (
     ranking,
     subset_order,
 )
-from qure_core.evaluation.published import PUBLISHED, comparison_table
+from qure_core.evaluation.published import PUBLISHED, comparison_table, known_dataset
 
 GOLDEN = json.loads((GOLDENS / "metrics.json").read_text())
 ARRAYS = np.load(GOLDENS / "metrics.npz")
@@ -219,6 +221,33 @@ def test_hp_fashioniq_texts_and_paths_are_mapped(annotations: Path) -> None:
     assert all(len(pair.set1) == len(pair.set2) == 5 for pair in pairs)
     with pytest.raises(InputError, match=r"x\.json \[u\.q\]: malformed"):
         parse_hp_fashioniq({"u": {"q": {"sentences": []}}}, "x.json")
+
+
+def test_a_benchmark_is_known_by_its_categories_and_sizes(annotations: Path) -> None:
+    """Published figures stand beside the benchmarks' own data alone."""
+
+    def split(root: str, categories: list[str]) -> Split:
+        triplets: list[Triplet] = []
+        galleries = {}
+        for name in categories:
+            folder = annotations / root
+            rows = json.loads((folder / f"captions/cap.{name}.val.json").read_text())
+            ids = json.loads((folder / f"image_splits/split.{name}.val.json").read_text())
+            triplets += [Triplet(f"{name}{i}", "", "", "", name) for i in range(len(rows))]
+            galleries[name] = tuple(ids)
+        return Split("val", tuple(triplets), {}, galleries)
+
+    fashioniq = split("fashioniq", ["dress", "shirt", "toptee"])
+    assert known_dataset(fashioniq) == "fashioniq"
+    assert known_dataset(split("fashioniq", ["dress", "shirt"])) is None
+    fewer = {**fashioniq.galleries, "dress": fashioniq.galleries["dress"][1:]}
+    assert known_dataset(replace(fashioniq, galleries=fewer)) is None
+    assert known_dataset(replace(fashioniq, triplets=fashioniq.triplets[1:])) is None
+    cirr = split("cirr/cirr", ["rc2"])
+    named = [replace(triplet, category="cirr") for triplet in cirr.triplets]
+    cirr = Split("val", tuple(named), {}, {"cirr": cirr.galleries["rc2"]})
+    assert known_dataset(cirr) == "cirr"
+    assert "published" not in comparison_table(None, {"R@10": 1.0}, "own")
 
 
 def test_published_figures_are_labelled() -> None:

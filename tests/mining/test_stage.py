@@ -22,7 +22,7 @@ from qure_core.embedding import embed_splits
 from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards
 from qure_core.errors import InputError
 from qure_core.mining import STATUSES, read_mined_set, steep_drop_negatives
-from qure_core.mining.mined_set import MINED_SCHEMA
+from qure_core.mining.mined_set import MINED_KIND, MINED_SCHEMA
 from qure_core.mining.stage import (
     SCRATCH_KIND,
     check_corpora,
@@ -303,3 +303,46 @@ def test_impossible_corpora_are_refused(data: tuple[Split, dict[str, tuple[str, 
         check_corpora(split, corpora | {"coat": corpora["coat"][:2]})
     with pytest.raises(InputError, match=r"target\(s\) are absent from their mining corpus"):
         check_corpora(split, corpora | {"coat": corpora["dress"]})
+
+
+def test_a_mined_set_is_read_by_what_reads_parquet(mined: str, tmp_path: Path) -> None:
+    """The whole directory by pyarrow, its Parquet files by Hugging Face's datasets."""
+    import datasets
+
+    ours = read_mined_set(mined).table
+    theirs = pq.read_table(mined)
+    assert theirs.num_rows == ours.num_rows
+    assert theirs["query_id"].to_pylist() == ours["query_id"].to_pylist()
+    loaded = datasets.load_dataset(
+        "parquet", data_files=f"{mined}/*.parquet", split="train", cache_dir=str(tmp_path)
+    )
+    assert loaded["query_id"] == ours["query_id"].to_pylist()
+    assert loaded[0]["negative_ids"] == ours["negative_ids"][0].as_py()
+
+
+def test_a_round_of_before_is_still_read(mined: str, tmp_path: Path) -> None:
+    """Whose manifest and plan had other names."""
+    import shutil
+
+    older = tmp_path / "older"
+    shutil.copytree(mined, older)
+    (older / "_manifest.json").rename(older / "manifest.json")
+    (older / "_plan.json").unlink()
+    assert read_mined_set(str(older)).table.equals(read_mined_set(mined).table)
+    storage.check_place(str(older), MINED_KIND)
+    storage.clear(str(older), MINED_KIND)
+    assert not older.exists()
+
+
+def test_an_unfinished_round_of_before_is_gone_on_with(tmp_path: Path) -> None:
+    plan = {"checkpoint": "abc", "epoch": 3}
+    older = tmp_path / "round"
+    older.mkdir()
+    (older / "plan.json").write_text(json.dumps(plan))
+    (older / "part-00000.parquet").write_text("done")
+    assert "part-00000.parquet" in storage.resume(str(older), MINED_KIND, plan)
+    assert {path.name for path in older.iterdir()} == {"_plan.json", "part-00000.parquet"}
+    (older / "_plan.json").unlink()
+    (older / "plan.json").write_text(json.dumps(plan))
+    assert storage.resume(str(older), MINED_KIND, plan | {"epoch": 4}) == set()
+    assert [path.name for path in older.iterdir()] == ["_plan.json"]

@@ -78,7 +78,7 @@ def test_a_damaged_image_met_on_the_way_is_named(
     image.write_bytes(image.read_bytes()[:200])
     data = ["--data.format=fashioniq", f"--data.root={broken}"]
     found = run_pipeline("prepare", "validate", *data)
-    assert found.returncode == 1
+    assert found.returncode == 65
     assert f"{image}: cannot be decoded as an image" in found.stdout
     assert "1 problem(s)" in found.stdout
     message = refused(run_pipeline, tmp_path, *data, "--pretrain.epochs=0")

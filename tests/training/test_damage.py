@@ -31,12 +31,12 @@ def test_a_full_disk_in_training_loses_nothing(
 ) -> None:
     source = tmp_path / "started"
     source.mkdir()
-    started(finished, source)
+    options = job(world, tmp_path / "disk/run", "--cluster.max_failures=0")
+    started(finished, source, options)
     size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
     # Room for what is there, the data and the logs, but not for the first epoch's checkpoint.
     prefix, disk = small_disk(f"{size // 1024 + 700}k")
     shutil.copytree(source, disk / "run")
-    options = job(world, tmp_path / "disk/run", "--cluster.max_failures=0")
     command = [*prefix, sys.executable, str(ROOT / "pipelines/train.py"), *options]
     full = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert full.returncode == 74, full.stdout + full.stderr

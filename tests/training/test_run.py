@@ -19,9 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_workers import check_weights, plain_epoch
 
+from qure_core.config import load_settings
 from qure_core.evaluation.stage import read_rankings
 from qure_core.lease import hold
 from qure_core.mining import read_mined_set
+from qure_core.training.run import save_config
 
 MEASURED = {
     *("seconds", "peak_mb", "memory_mb", "samples_per_second", "data_wait_share", "gflops"),
@@ -110,12 +112,14 @@ def kill_when(path: Path, command: list[str], timeout: float = 200) -> None:
     process.wait()
 
 
-def started(finished: tuple[Path, str], run_dir: Path) -> None:
-    """A run directory as it is when a job was killed right after its start was evaluated."""
+def started(finished: tuple[Path, str], run_dir: Path, options: list[str]) -> None:
+    """A run directory as it is when a job of ``options`` was killed right after its start was
+    evaluated."""
     for name in ("checkpoints/train-0000", "checkpoints/pretrain-0001", "evaluations/epoch-0000"):
         shutil.copytree(finished[0] / name, run_dir / name)
-    for name in ("run.json", "config.yaml"):
-        shutil.copy(finished[0] / name, run_dir)
+    shutil.copy(finished[0] / "run.json", run_dir)
+    settings, _ = load_settings([*options, f"--run.dir={run_dir}"], "train.py", "")
+    save_config(settings)
     (run_dir / "metrics").mkdir()
     shutil.copy(finished[0] / "metrics/pretrain-0001.jsonl", run_dir / "metrics")
 
@@ -126,8 +130,8 @@ def test_killed_and_resumed_runs_end_with_the_same_weights(
 ) -> None:
     """And from stored features: the run it is compared with computed them on the fly."""
     run_dir = tmp_path / "killed"
-    started(finished, run_dir)
     options = job(world, run_dir, "--features=build", f"--feature_store.dir={tmp_path}/features")
+    started(finished, run_dir, options)
     command = [sys.executable, str(ROOT / "pipelines/train.py"), *options]
     # While a round is being mined; in the warm-up, tests/cluster/test_faults.py does it.
     kill_when(run_dir / "rounds/epoch-0002-embeddings", command)
@@ -164,9 +168,9 @@ def test_two_workers_train_the_same_model(
 ) -> None:
     """Two workers of Ray Train against a plain loop over the global batches."""
     run_dir = tmp_path / "workers2"
-    started(finished, run_dir)
     options = job(world, run_dir, "--model.dropout=0", "--cluster.train_workers=2")
     options.append("--train.batch_size=20")  # the last batch of 90 is short
+    started(finished, run_dir, options)
     command = [sys.executable, str(ROOT / "pipelines/train.py"), *options]
     kill_when(run_dir / "checkpoints/train-0001/manifest.json", command)
     expected, losses = plain_epoch(run_dir, batch_size=20, seed=1000, lr=1e-3)
