@@ -43,6 +43,7 @@ from qure_core.ray_start import (
     session_processes,
     token_environment,
 )
+from qure_core.storage import temporary_folder
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 START_SECONDS = 90
@@ -145,20 +146,20 @@ def submit(address: str, environment: dict[str, str], command: list[str]) -> int
     from ray.job_submission import JobSubmissionClient
 
     console = Console(sys.stdout, unshown=_JOB_MANAGER)
-    client = JobSubmissionClient(address)
+    client, job = JobSubmissionClient(address), f"qure-{uuid.uuid4().hex[:12]}"
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
         logging.getLogger(name).setLevel(logging.WARNING)  # what is packed and where it goes
-    job = client.submit_job(
-        entrypoint=shlex.join(command),
-        submission_id=f"qure-{uuid.uuid4().hex[:12]}",
-        runtime_env={"working_dir": ".", "env_vars": {"QURE_HOME": os.getcwd()}},
-    )
 
     async def follow() -> None:
         async for text in client.tail_job_logs(job):
             console.write(text)
 
     try:
+        client.submit_job(
+            entrypoint=shlex.join(command),
+            submission_id=job,
+            runtime_env={"working_dir": ".", "env_vars": {"QURE_HOME": os.getcwd()}},
+        )
         asyncio.run(follow())
         facts = client.get_job_info(job)
         while not facts.status.is_terminal():  # the log ends a moment before
@@ -177,7 +178,11 @@ def submit(address: str, environment: dict[str, str], command: list[str]) -> int
 
 
 def _stop_job(client: Any, job: str, address: str) -> None:
-    client.stop_job(job)
+    try:
+        client.stop_job(job)
+    except RuntimeError:  # it was not submitted yet
+        print("interrupted; the same command goes on", file=sys.stderr, flush=True)
+        return
     end = time.monotonic() + STOP_SECONDS
     while time.monotonic() < end:
         if client.get_job_status(job).is_terminal():
@@ -190,7 +195,7 @@ def _stop_job(client: Any, job: str, address: str) -> None:
 
 def keep_head(environment: dict[str, str]) -> int:
     """Start a head, say how jobs are submitted to it, and keep it until Ctrl-C."""
-    with local_head(environment) as address, tempfile.TemporaryDirectory() as folder:
+    with local_head(environment) as address, temporary_folder("token") as folder:
         words = [f"RAY_AUTH_MODE={environment['RAY_AUTH_MODE']}"]
         if "RAY_AUTH_TOKEN" in environment and "RAY_AUTH_TOKEN" not in os.environ:
             # Made for this head: another shell has it from a file that this user alone can read.

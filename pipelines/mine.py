@@ -82,7 +82,7 @@ def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
     split = load_split(settings.data, "train")
     corpora = mining_galleries(settings.data, split)
     facts = round_facts(settings, checkpoint, split, corpora, epoch)
-    if storage.kept(output, MINED_KIND, facts) and chosen.if_newer:
+    if chosen.if_newer and storage.kept(output, MINED_KIND, facts):
         print(f"nothing to do: {checkpoint} is mined already\nmined set: {output}", flush=True)
         return
     connect()
@@ -109,13 +109,16 @@ def inspect() -> None:
     )
     parser.add_argument("--top", type=int, default=20, help="negatives listed (default: 20)")
     chosen = parser.parse_args(sys.argv[2:])
+    if chosen.top < 0:
+        raise InputError(f"--top: {chosen.top} is less than 0")
     uri = storage.resolve(chosen.round)
     if chosen.query:
         picture = storage.resolve(chosen.picture or f"{chosen.query.replace('/', '_')}.png")
         check_picture(picture)
+    query = describe_query(uri, chosen.query, chosen.top) if chosen.query else ""
     print(describe_round(uri))
     if chosen.query:
-        print(describe_query(uri, chosen.query, chosen.top))
+        print(query)
         draw_query(uri, chosen.query, picture)
         print(f"curve: {picture}", flush=True)
 

@@ -12,9 +12,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
-from qure_core.console import job_console
+from qure_core.console import Console, open_console
 from qure_core.errors import BusyError, chain, input_error
 
 EXIT_FAULT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -84,15 +84,15 @@ def run_job(name: str, read: Callable[[], T], work: Callable[[T], int | None]) -
         arguments = read()
     except (Exception, KeyboardInterrupt) as error:
         _end(*_explained(error, None))
-    with job_console(name) as log:
-        if log:
-            print(f"[{name}] starting; what Ray and the libraries say goes to {log}", flush=True)
-        try:
-            status = work(arguments) or 0
-        except (Exception, KeyboardInterrupt) as error:
-            traceback.print_exc()
-            status, message = _explained(error, log)
-    _end(status, message)
+    log, errors = open_console(name)
+    if log:
+        print(f"[{name}] starting; what Ray and the libraries say goes to {log}", flush=True)
+    try:
+        status = work(arguments) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        status, message = _explained(error, log)
+    _end(status, message, errors)
 
 
 def _catch_signals() -> None:
@@ -100,10 +100,13 @@ def _catch_signals() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
 
 
-def _end(status: int, message: str) -> NoReturn:
-    if message:
-        print(_shortened(message), file=sys.stderr, flush=True)
+def _end(status: int, message: str, errors: TextIO | None = None) -> NoReturn:
+    if isinstance(sys.stdout, Console):
+        sys.stdout.end()
     sys.stdout.flush()
+    sys.stderr.flush()
+    if message:
+        print(_shortened(message), file=errors or sys.stderr, flush=True)
     if status:
         # A Ray of this process's own takes long to end in order; without it, it ends by itself.
         os._exit(status)

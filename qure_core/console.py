@@ -1,6 +1,6 @@
 """What a person sees of a job: its own lines. All the rest goes to a log file.
 
-Ray, its workers and the libraries write a great deal to the same two streams. `job_console` gives
+Ray, its workers and the libraries write a great deal to the same two streams. `open_console` gives
 both of a process's streams to a log file and puts an object in the place of ``sys.stdout`` that
 shows what this project prints, here or in a worker, and files what Ray prints of others. On a
 terminal a progress line takes the place of the one before it.
@@ -14,8 +14,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -105,35 +104,24 @@ def _log_file(name: str) -> Path:
     return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
 
 
-@contextmanager
-def job_console(name: str) -> Iterator[Path | None]:
-    """Show this project's lines alone while the block lasts; yield the path of the log of the rest.
+def open_console(name: str) -> tuple[Path | None, TextIO]:
+    """From now on show this project's lines alone; return the log of the rest, and real stderr.
 
-    None, and everything shown, where no log can be written.
+    Until the process ends: Ray prints what its workers said to the very last. Where no log can be
+    written everything is shown, and the path is None.
     """
     try:
         path = _log_file(name)
         log = path.open("w", encoding="utf-8", errors="replace")
     except OSError:
-        yield None
-        return
+        return None, sys.stderr
     sys.stdout.flush()
     sys.stderr.flush()
-    before = sys.stdout, sys.stderr
-    kept = os.dup(1), os.dup(2)
+    out, err = (
+        os.fdopen(os.dup(number), "w", encoding="utf-8", errors="replace") for number in (1, 2)
+    )
     # C++ and child processes write to the descriptors themselves.
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    shown = os.fdopen(os.dup(kept[0]), "w", encoding="utf-8", errors="replace")
-    console = Console(shown, log)
-    sys.stdout, sys.stderr = console, log
-    try:
-        yield path
-    finally:
-        console.end()
-        log.flush()
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        os.close(kept[0])
-        os.close(kept[1])
-        sys.stdout, sys.stderr = before
+    sys.stdout, sys.stderr = Console(out, log), log
+    return path, err

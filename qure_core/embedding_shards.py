@@ -12,7 +12,11 @@ from qure_core import storage
 from qure_core.arrow_files import read_arrow
 
 EMBEDDINGS_KIND = storage.Kind("embeddings", r"(images|queries)-\d{5}\.arrow|shapes\.json")
-CHECKPOINT_KIND = storage.Kind("checkpoint", r"(?!)")  # its files are those that it lists
+CHECKPOINT_KIND = storage.Kind(
+    "checkpoint",
+    r"(config|qure_processor|tokenizer|tokenizer_config|special_tokens_map)\.json|vocab\.txt|"
+    r"model\.safetensors|optimizer\.pt",
+)
 OPTIMIZER_FILE = "optimizer.pt"  # of a checkpoint; only training reads it
 
 

@@ -27,15 +27,15 @@ class Problem:
         return f"{place}: {self.message}"
 
 
-def raise_problems(problems: Sequence[Problem], heading: str, shown: int = 8) -> None:
+def raise_problems(problems: Sequence[Problem], heading: str, shown: int = 6) -> None:
     """Raise one `InputError` listing the first ``shown`` problems, or return if there are none."""
     if not problems:
         return
     lines = [f"{heading}: {len(problems)} problem(s)"]
     lines += [f"  {problem}" for problem in problems[:shown]]
     if len(problems) > shown:
-        lines.append(f"  ... and {len(problems) - shown} more; list them all with")
-        lines.append("  python pipelines/prepare.py validate --config CONFIG")
+        lines.append(f"  ... and {len(problems) - shown} more")
+    lines.append("list those of all splits with: python pipelines/prepare.py validate")
     raise InputError("\n".join(lines))
 
 

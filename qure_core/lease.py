@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 import uuid
@@ -63,8 +64,10 @@ def _parse(data: bytes | None) -> dict[str, Any]:
 def _check_ours(uri: str, data: bytes) -> None:
     """Raise `InputError` for a file that no holder wrote, whole or in part: it is not removed."""
     holder = _parse(data)
-    ours = "token" in holder if holder else not data or data.startswith(b'{"')
-    if not ours:
+    # A whole one, or the beginning of one that was cut short: as first made, or as renewed.
+    starts = (b'{"what": ', b'{\n  "beat": ')
+    torn = any(data[: len(start)] == start[: len(data)] for start in starts)
+    if not ("token" in holder if holder else torn):
         raise InputError(
             f"{uri}: a file of this name says which process works here, and this one was not "
             "written by one; move it away, or choose another directory"
@@ -172,5 +175,8 @@ def hold(
     finally:
         done.set()
         thread.join()
-        if _parse(_read(uri)).get("token") == content["token"]:
+        # Interrupted, work goes on for a moment that this process started elsewhere: the lease is
+        # left, and outlasted as that of any process that is gone.
+        gone = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+        if not gone and _parse(_read(uri)).get("token") == content["token"]:
             storage.remove_file(uri)

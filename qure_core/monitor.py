@@ -236,7 +236,7 @@ class Monitor:
 
     def stop(self) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(2)  # it may wait for an answer that nobody needs now
         self._rest()
         try:
             self.write()

@@ -99,7 +99,13 @@ def clean_up() -> None:
 
     Only what a note of ours names, and only if its process is known to be gone.
     """
-    clean_temporary()
+    try:
+        clean_temporary()
+    except PermissionError as error:
+        print(
+            f"warning: {error.filename} is {error.strerror}; nothing is cleaned there", flush=True
+        )
+        return
     notes = [*_records().glob("*.json")] if _records().is_dir() else []
     over = [(note, read_owner(note)) for note in notes]
     over = [(note, owner) for note, owner in over if lives(owner) is False]
@@ -107,17 +113,19 @@ def clean_up() -> None:
         return
     running = " ".join(command for _, command in _commands())
     for note, owner in over:
-        session = Path(owner["session"])
-        if session.name in running:
+        session = Path(str(owner.get("session", "")))
+        if session.name and session.name in running:
             continue  # its servers are still ending
-        if _SESSION.fullmatch(session.name) and not session.is_symlink():
+        ours = session.parent == ray_folder() and _SESSION.fullmatch(session.name)
+        if ours and not session.is_symlink():
             shutil.rmtree(session, ignore_errors=True)
-        latest, current = session.parent / "session_latest", session.parent / "ray_current_cluster"
+        latest, current = ray_folder() / "session_latest", ray_folder() / "ray_current_cluster"
         with suppress(OSError):
             if os.readlink(latest) in (str(session), session.name):
                 latest.unlink()
         with suppress(OSError):
             # By the port: Ray writes the machine's own address there.
-            if current.read_text().strip().rpartition(":")[2] == owner["address"].split(":")[-1]:
+            port = str(owner.get("address", "")).split(":")[-1]
+            if current.read_text().strip().rpartition(":")[2] == port:
                 current.unlink()
         note.unlink(missing_ok=True)

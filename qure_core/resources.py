@@ -64,6 +64,11 @@ def _address() -> str:
             f"RAY_ADDRESS: {given} is where jobs are submitted to; unset it, or submit this "
             "command there: ray job submit --working-dir . -- python ..."
         )
+    if given.startswith("ray://"):
+        raise InputError(
+            f"RAY_ADDRESS: {given} is of Ray's client, which trains and mines nothing; give the "
+            "cluster's HOST:PORT, or submit this command as a job"
+        )
     if given and given not in ("auto", "local"):
         _check_answers(given)
         return given
@@ -86,7 +91,7 @@ def _check_answers(address: str) -> None:
     """Raise `InputError` unless a Ray cluster answers at ``address`` in `ANSWER_SECONDS`."""
     end = time.monotonic() + ANSWER_SECONDS
     reason = "no answer"
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     while time.monotonic() < end:
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
@@ -98,20 +103,26 @@ def _check_answers(address: str) -> None:
             time.sleep(1)
     else:
         end = 0.0
-    if end and not address.startswith("ray://"):
+    if end:
         # Whether it is a Ray that listens: a client waits for ever, so it is asked aside.
         answered = threading.Event()
 
+        refused: list[str] = []
+
         def ask() -> None:
-            GcsClient(address=address)
+            try:
+                GcsClient(address=address)
+            except Exception as error:  # told below
+                refused.append(" ".join(str(error).split())[:200] or type(error).__name__)
             answered.set()
 
         threading.Thread(target=ask, daemon=True).start()
         answered.wait(max(end - time.monotonic(), 5))
-        end, reason = (end if answered.is_set() else 0.0), "it is not Ray that answers"
+        if refused or not answered.is_set():
+            end, reason = 0.0, (refused or ["it is not Ray that answers"])[0]
     if not end:
         raise InputError(
-            f"RAY_ADDRESS: no Ray cluster at {address} after {ANSWER_SECONDS:.0f} s ({reason}); "
+            f"RAY_ADDRESS: no Ray cluster at {address} in {ANSWER_SECONDS:.0f} s ({reason}); "
             "correct it, or unset it to start Ray on this machine"
         )
 

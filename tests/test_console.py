@@ -42,6 +42,14 @@ def work(what):
 run_job("train", lambda: sys.argv[1], work)
 """
 
+LATE = r"""
+import atexit, threading
+def late():
+    threading.main_thread().join()
+    print("(RayTrainWorker pid=1) of a worker, late", flush=True)
+LATE = threading.Thread(target=late)
+"""
+
 
 def run(what: str, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], str]:
     done = subprocess.run(
@@ -71,6 +79,25 @@ def test_the_jobs_own_lines_are_shown_and_the_rest_is_filed(tmp_path: Path) -> N
     assert done.returncode == 0
     for text in ("TrainingReport", "core_worker", "chatter", "library's", "of a child", "of C++"):
         assert text in log
+
+
+def test_nothing_of_ray_is_shown_after_the_end(tmp_path: Path) -> None:
+    """Whose thread prints until the process is gone."""
+    code = JOB.replace("def work(what):", "def work(what):\n    LATE.start()").replace(
+        "from qure_core.errors", LATE + "from qure_core.errors"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "well"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0
+    assert "of a worker, late" not in done.stdout + done.stderr
+    (log,) = tmp_path.glob("qure-*/logs/train-*.log")
+    assert "of a worker, late" in log.read_text()
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,19 @@ afterwards, byte for byte; what is only beside our files stays when ours go.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "cluster"))
-from conftest import GOLDENS
+from conftest import GOLDENS, ROOT
 from s3_server import S3Server, s3_server
 
 from qure_core import storage
@@ -36,9 +39,10 @@ from qure_core.mining.stage import SCRATCH_KIND, check_round_place
 from qure_core.model import convert
 from qure_core.monitor import Monitor
 from qure_core.report.inspect import check_picture
+from qure_core.storage import temporary
 from qure_core.storage.kinds import listing
 from qure_core.training.checkpoints import checkpoint_uri, latest_epoch, prune_checkpoints
-from qure_core.training.place import check_apart, claim_run
+from qure_core.training.place import check_apart, check_places, claim_run
 from qure_core.training.trainer import _NOTES_KIND, remove_scratch
 
 # A file of each kind, as its stage names it.
@@ -163,24 +167,24 @@ def test_a_kill_in_the_middle_of_a_removal_leaves_it_ours(
     from qure_core.storage import kinds
 
     uri = f"{base}/checkpoint"
-    make(uri, CHECKPOINT_KIND)
-    put(f"{uri}/manifest.json", storage.read_bytes(f"{uri}/manifest.json").decode())
-    calls = []
     whole = kinds.remove_files
+    for at in (1, 2, 3):  # before the manifest, the files, the plan
+        make(uri, CHECKPOINT_KIND)
+        calls = []
 
-    def killed(where: str, names: set[str]) -> None:
-        calls.append(names)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        whole(where, names)
+        def killed(where: str, names: set[str], at: int = at, calls: list[Any] = calls) -> None:
+            calls.append(names)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            whole(where, names)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(kinds, "remove_files", killed)
-        with pytest.raises(KeyboardInterrupt):
-            storage.clear(uri, CHECKPOINT_KIND)
-    assert not storage.is_committed(uri)
-    make(uri, CHECKPOINT_KIND)
-    assert storage.is_committed(uri)
+        with monkeypatch.context() as patch:
+            patch.setattr(kinds, "remove_files", killed)
+            with pytest.raises(KeyboardInterrupt):
+                storage.clear(uri, CHECKPOINT_KIND)
+        assert storage.is_committed(uri) == (at == 1)
+        make(uri, CHECKPOINT_KIND)
+        assert storage.is_committed(uri)
 
 
 def test_a_run_takes_no_directory_with_files_in_its_way(base: str) -> None:
@@ -316,7 +320,7 @@ def test_pruning_a_store_takes_only_what_it_made(base: str) -> None:
 
 
 def test_a_lease_is_a_lease_only_if_a_holder_wrote_it(base: str) -> None:
-    for text in ("mine", '["mine"]', '{"lease": "of a house"}'):
+    for text in ("mine", '["mine"]', '{"lease": "of a house"}', '{"a": 1}\n{"b": 2}\n'):
         file = put(f"{base}/.training.lease", text)
         with pytest.raises(InputError, match="was not written by one"), hold(base, "training"):
             pass
@@ -339,3 +343,104 @@ def test_a_picture_is_drawn_over_nobodys_picture(base: str, tmp_path: Path) -> N
         with pytest.raises(InputError, match="exists already"):
             check_picture(picture)
         assert storage.read_bytes(picture) == local.read_bytes()
+
+
+@by_kind
+def test_a_plan_of_somebody_elses_stays(base: str, kind: storage.Kind) -> None:
+    uri = f"{base}/{kind.name.replace(' ', '-')}"
+    make(uri, kind)
+    plan = put(f"{uri}/_plan.json")
+    storage.discard(uri, kind)
+    assert untouched(plan)
+    assert storage.is_committed(uri)  # without a mark of its own a removal could be cut short
+    with pytest.raises(InputError, match=r"_plan\.json"):
+        storage.clear(uri, kind)
+
+
+def test_a_resumption_minds_what_lies_beside_it(base: str) -> None:
+    uri = f"{base}/round"
+    storage.resume(uri, MINED_KIND, {"checkpoint": "a"})
+    old = put(f"{uri}/plan.json", '{"holidays": "in May"}')
+    with pytest.raises(InputError, match=r"plan\.json"):
+        storage.resume(uri, MINED_KIND, {"checkpoint": "a"})
+    assert untouched(old, text='{"holidays": "in May"}')
+    storage.remove_file(old)
+    file = put(f"{uri}/photo.jpg")
+    other = json.dumps({"kind": "album", "files": {"photo.jpg": {"bytes": 99, "sha256": ""}}})
+    manifest = put(f"{uri}/manifest.json", other)
+    with pytest.raises(InputError, match=r"manifest\.json, photo\.jpg"):
+        storage.resume(uri, MINED_KIND, {"checkpoint": "a"})
+    assert untouched(file)
+    assert untouched(manifest, text=other)
+
+
+def test_what_cannot_be_replaced_whole_is_not_begun(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/checkpoint"
+    make(uri, CHECKPOINT_KIND)
+    lease = put(f"{uri}/.x.lease")
+    with pytest.raises(InputError, match=r"holds \.x\.lease, which would be lost"):
+        make(uri, CHECKPOINT_KIND)
+    assert untouched(lease)
+    assert storage.is_committed(uri)
+    # A link to a directory: what it names is replaced, and the link stays.
+    make(f"{tmp_path}/real", CHECKPOINT_KIND)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    make(f"{tmp_path}/link", CHECKPOINT_KIND)
+    assert (tmp_path / "link").is_symlink()
+    assert storage.is_committed(f"{tmp_path}/real")
+    assert not list(tmp_path.glob(".staging-*"))
+
+
+def test_a_staging_folder_of_a_killed_process_goes_and_no_other(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from qure_core import storage\n"
+        "kind = storage.Kind('checkpoint', '.*')\n"
+        "with storage.committed_directory(sys.argv[1], kind) as (folder, _):\n"
+        "    (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    uri = f"{tmp_path}/checkpoint"
+    subprocess.run([sys.executable, "-c", code, uri], check=False, cwd=ROOT)
+    (left,) = tmp_path.glob(".staging-checkpoint-*")
+    stranger = tmp_path / ".staging-checkpoint-mine"
+    stranger.mkdir()
+    make(uri, CHECKPOINT_KIND)
+    assert not left.exists()
+    assert stranger.is_dir()
+
+
+def test_what_an_earlier_version_left_unfinished_in_a_run_is_known_as_its_own(base: str) -> None:
+    run = f"{base}/run"
+    put(f"{run}/evaluations/epoch-0004/part-00000.parquet")
+    put(f"{run}/checkpoints/train-0003/model.safetensors")
+    check_places(run)
+    storage.clear(f"{run}/evaluations/epoch-0004", EVALUATION_KIND)
+    storage.clear(f"{run}/checkpoints/train-0003", CHECKPOINT_KIND)
+    # With anything else beside it, it is refused before the run begins; other names are let be.
+    put(f"{run}/rounds/notes/a.txt")
+    put(f"{run}/checkpoints/train-0003-best/weights.bin")
+    check_places(run)
+    mine = put(f"{run}/rounds/epoch-0002-scratch/notes.txt")
+    put(f"{run}/rounds/epoch-0002-scratch/anchors-00000.npz")
+    with pytest.raises(InputError, match=r"run\.dir: .*epoch-0002-scratch holds"):
+        check_places(run)
+    assert untouched(mine)
+
+
+def test_a_folder_of_our_name_that_is_not_ours_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(temporary.tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"qure-{os.getuid()}"
+    (tmp_path / "theirs").mkdir()
+    for make_it in (
+        lambda: folder.symlink_to(tmp_path / "theirs"),
+        lambda: folder.write_text("a file"),
+        lambda: (folder.mkdir(), folder.chmod(0o777)),
+    ):
+        make_it()
+        with pytest.raises(PermissionError), storage.temporary_folder("fetched"):
+            pass
+        if folder.is_dir() and not folder.is_symlink():
+            folder.rmdir()
+        else:
+            folder.unlink()

@@ -70,6 +70,7 @@ class Walk:
         says: tuple[str, ...] = (),
         never: tuple[str, ...] = (),
         seconds: float = 240,
+        long: bool = False,
         **environment: str,
     ) -> None:
         """Run a command; note whether it ended as it should."""
@@ -84,7 +85,8 @@ class Walk:
             timeout=seconds + 60,
         )
         self.judge(
-            what, status, done.returncode, done.stdout + done.stderr, says, never, began, seconds
+            *(what, status, done.returncode, done.stdout + done.stderr),
+            *(says, never, began, seconds, long),
         )
 
     def judge(
@@ -97,13 +99,16 @@ class Walk:
         never: tuple[str, ...],
         began: float,
         seconds: float,
+        long: bool = False,
     ) -> None:
         self.last = output
         took = time.monotonic() - began
         faults = [] if found == status else [f"status {found}, expected {status}"]
         faults += [f"does not say {text!r}" for text in says if text not in output]
         faults += [f"says {text!r}" for text in (*NOISE, *never) if text in output]
-        lines = [line for line in output.splitlines() if not line.startswith("[")]
+        lines = output.splitlines()
+        if long:
+            lines = [line for line in lines if not line.startswith("[")]  # what it did before
         if status and len(lines) > MOST_LINES:
             faults.append(f"{len(lines)} lines of output")
         if took > seconds:
@@ -147,7 +152,8 @@ class Walk:
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate()
         last = "interrupted; the same command goes on"
-        self.judge(what, 130, process.returncode, output + rest, (*says, last), (), began, 5)
+        says = (*says, last)
+        self.judge(what, 130, process.returncode, output + rest, says, (), began, 5, True)
 
 
 def draw(home: Path) -> None:
@@ -270,11 +276,13 @@ def walk(home: Path) -> list[str]:
     w.step("mine into the data", 2, *mine, "--output=own", says=("is not part of a mined set",))
     golden = ["convert", str(GOLDENS / "model_tiny.pth")]
     w.step("convert into photos", 2, *golden, "photos", says=("photos holds", "a.jpg"))
-    w.step("convert over a run's checkpoint", 2, *golden, "runs/a/checkpoints/train-0002")
+    trained = "runs/a/checkpoints/train-0002"
+    w.step("convert over a checkpoint", 2, *golden, trained, says=("holds another checkpoint",))
     w.step("train in a project", *(2, "train", *options, "--run.dir=proj"), says=("config.yaml",))
     cirr = ["--data.format=cirr", "--data.root=cirr/data", "--run.dir=cirr"]
     w.step("train around its data", 2, "train", *cirr, says=("lies where a run",))
-    w.step("results over a file", *(2, *evaluate[:-1], "--output=results2", checkpoint))
+    results = [*evaluate[:-1], "--output=results2", checkpoint]
+    w.step("results over a file", 2, *results, says=("own.json",))
     world = ["prepare", "world", "--data.root=own"]
     w.step("draw the world over own data", 2, *world, says=("holds files of another dataset",))
     inspect = ["mine", "inspect", str(rounds), "--query=train.000001", "--picture=curve.png"]
@@ -291,6 +299,8 @@ def walk(home: Path) -> list[str]:
     )
     w.check("nothing was made of it", not (home / "from-nan/_manifest.json").exists())
     w.step("an infinite rate", *(2, "train", *config, "--train.lr=1e400"), says=("train.lr",))
+    astray = ["train", *options, "--run.dir=runs/e", "--pretrain.epochs=0", "--train.lr=1e30"]
+    w.step("a rate that leads astray", 2, *astray, says=("; lower train.lr",), long=True)
     w.step(
         "a warm-up that takes it all",
         *(2, "train", *config, "--train.warmup_epochs=6", "--data.root=nowhere"),
@@ -330,30 +340,40 @@ def walk(home: Path) -> list[str]:
 
     print("rows as people write them")
     validate = ["prepare", "validate", *config]
+    bad = [
+        ({"relevant": None}, "[line 1]: relevant is not a list of image names: None"),
+        ({"relevant": 3}, "[line 2]: relevant is not a list of image names: 3"),
+        ({"relevant": "p01"}, "[line 3]: relevant is not a list of image names: 'p01'"),
+        ({"relevant": []}, "[line 4]: relevant is empty"),
+        ({"relevant": ["zz"]}, "[line 5]: relevant names 1 unknown image(s), first 'zz'"),
+        ({"split": None}, "[line 6]: 'split' is a NoneType: None"),
+        ({"reference": "p00.png"}, "write 'p00': names have no suffix"),
+        ({"target": "images/p01"}, "write 'p01': names have no suffix and begin below it"),
+    ]
 
-    def first(**values: Any) -> Callable[[list[Any]], list[Any]]:
-        return lambda rows: [rows[0] | values, *rows[1:]]
+    def wrong(rows: list[Any]) -> list[Any]:
+        return [*(row | part for row, (part, _) in zip(rows, bad, strict=False)), *rows[len(bad) :]]
 
-    for name, alter, status, says in (
-        ("relevant null", first(relevant=None), 65, ("[line 1]: relevant is not a list",)),
-        ("relevant a text", first(relevant="p01"), 65, ("relevant is not a list",)),
-        ("relevant unknown", first(relevant=["zz"]), 65, ("unknown image(s), first 'zz'",)),
-        ("split null", first(split=None), 65, ("'split' is a NoneType",)),
-        ("split Train", first(split="Train"), 0, ("not read: 'Train' (1 rows)",)),
-        ("suffix", first(reference="p00.png"), 65, ("write 'p00': names have no suffix",)),
-        ("separators", first(text="one\u2028two\u0085three"), 0, ("0 problem(s)",)),
-        ("byte order mark", lambda rows: ["\ufeff" + json.dumps(rows[0]), *rows[1:]], 0, ()),
-    ):
-        root = change(home, name.replace(" ", "-"), alter)
-        w.step(name, status, *validate, root, says=says)
-    huge = home / "own/images/huge.png"
-    Image.new("1", (30_000, 30_000)).save(huge)
-    limit = ("30000 x 30000 pixels", "data.max_image_pixels")
-    w.step("a 30,000 x 30,000 image", 65, *validate, says=limit, never=("bomb",))
-    huge.write_text("<html>not found</html>")
-    page = ("huge.png: cannot be decoded", "it is a web page")
-    w.step("a page saved as a picture", 65, *validate, says=page, never=("BytesIO",))
-    huge.unlink()
+    def odd(rows: list[Any]) -> list[Any]:
+        first = "\ufeff" + json.dumps(rows[0] | {"text": "one\u2028two\u0085"}, ensure_ascii=False)
+        return [first, rows[1] | {"split": "Train"}, rows[2] | {"split": "valid"}, *rows[3:]]
+
+    root = change(home, "wrong", wrong)
+    w.step("rows of every wrong kind", 65, *validate, root, says=tuple(text for _, text in bad))
+    root = change(home, "odd", odd)
+    unread = ("0 problem(s)", "not read: 'Train' (1 rows), 'valid' (1 rows)")
+    w.step("a byte order mark, odd separators and splits", 0, *validate, root, says=unread)
+    odds = {"huge.png": "30000 x 30000 pixels", "page.png": "it is a web page"}
+    Image.new("1", (30_000, 30_000)).save(home / "own/images/huge.png")
+    (home / "own/images/page.png").write_text("<html>not found</html>")
+    w.step(
+        "a picture too large and a page for a picture",
+        *(65, *validate),
+        says=("data.max_image_pixels", *odds, *odds.values()),
+        never=("bomb", "BytesIO"),
+    )
+    for name in odds:
+        (home / "own/images" / name).unlink()
 
     print("failures")
     w.step("a config that is a folder", *(2, "train", "--config=own"), says=("Is a directory",))
@@ -365,12 +385,13 @@ def walk(home: Path) -> list[str]:
     heads = ["--vision-heads=4", "--qformer-heads=4", f"--tokenizer={tokenizer}"]
     w.step("convert with other words", 2, *golden, "new", *heads, says=("[DEC] included",))
     (home / "values.yaml").write_text("schedule: nonsense\n")
-    w.step("render bad values", *(2, "cluster/render.py", "all", "--values=values.yaml"))
+    render = ["cluster/render.py", "all", "--values=values.yaml"]
+    w.step("render bad values", 2, *render, says=("schedule: not right", "image: Field required"))
     w.step("render nothing", *(2, "cluster/render.py", "all", "--values=none"), says=("No such",))
     w.step(
         "a cluster that nobody answers for",
         *(2, *validate),
-        says=("RAY_ADDRESS: no Ray cluster at 127.0.0.1:1 after 30 s",),
+        says=("RAY_ADDRESS: no Ray cluster at 127.0.0.1:1 in 30 s",),
         seconds=45,
         RAY_ADDRESS="127.0.0.1:1",
     )
@@ -419,7 +440,8 @@ def deleted_while_training(w: Walk, options: list[str]) -> None:
     rest, _ = process.communicate()
     says = ("images/p06.png: image file is missing",)
     w.judge(
-        "an image deleted while training", 2, process.returncode, output + rest, says, (), began, 60
+        *("an image deleted while training", 2, process.returncode, output + rest),
+        *(says, (), began, 60, True),
     )
     w.check("its line comes last", "image file is missing" in (output + rest).splitlines()[-1])
 

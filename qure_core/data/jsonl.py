@@ -10,6 +10,7 @@ the training gallery: what a model is judged with must not be mined from.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from qure_core.data.schema import Split, Triplet
 from qure_core.errors import InputError, Problem
 
 DEFAULT_CATEGORY = "all"
+_KEYS = {"reference", "text", "target", "split", "category", "query_id", "relevant"}
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,13 @@ def _rows(file: str, problems: list[Problem]) -> list[_Row]:
             fields |= {name: str for name in optional if name in value}
             if "query_id" in value:
                 fields["query_id"] = (str, int)
-        if check_row(value, fields, file, where, problems):
-            rows.append(_Row(number, value))
+        if not check_row(value, fields, file, where, problems):
+            continue
+        for name in set(value) - _KEYS:
+            if near := difflib.get_close_matches(name, _KEYS, 1, 0.8):
+                text = f"key {name!r} is not read; is {near[0]!r} meant?"
+                problems.append(Problem(file, where, text))
+        rows.append(_Row(number, value))
     return rows
 
 
@@ -93,12 +100,23 @@ def has_rows(root: str, split: str, categories: Sequence[str] | None = None) -> 
 
 
 def _unread(file: str, rows: Sequence[_Row], split: str) -> list[str]:
-    """A note that names the splits that nothing reads, if there are any."""
+    """Notes of what nothing reads, and of rows that say nothing."""
+    notes = []
     counts = Counter(row.split for row in rows if row.split not in {"train", "val", split})
-    if not counts:
-        return []
-    listed = ", ".join(f"{name!r} ({count:,} rows)" for name, count in sorted(counts.items()))
-    return [f"{file}: splits that are not read: {listed}; 'train' and 'val' are"]
+    if counts:
+        notes.append(f"{file}: splits that are not read: {_listed(counts)}; 'train' and 'val' are")
+    if keys := Counter(name for row in rows for name in row.value if name not in _KEYS):
+        notes.append(f"{file}: keys that are not read: {_listed(keys)}")
+    same = sum(r.value["reference"] == r.value["target"] for r in rows if r.split == split)
+    if same:
+        notes.append(f"{file}: {same:,} row(s) of {split!r} have their target as reference")
+    if empty := sum(not r.value["text"].strip() for r in rows if r.split == split):
+        notes.append(f"{file}: {empty:,} row(s) of {split!r} have an empty text")
+    return notes
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name!r} ({count:,} rows)" for name, count in sorted(counts.items()))
 
 
 def read_jsonl(
@@ -159,6 +177,10 @@ def read_jsonl(
     for triplet in triplets:
         if triplet.target_id in known and triplet.target_id not in members[triplet.category]:
             text = f"target {triplet.target_id!r} is outside images/{triplet.category}/"
+            problems.append(Problem(file, triplet.query_id, text))
+        outside = [name for name in triplet.relevant_ids if name not in members[triplet.category]]
+        if outside and triplet.target_id in members[triplet.category]:
+            text = f"relevant {outside[0]!r} is outside images/{triplet.category}/"
             problems.append(Problem(file, triplet.query_id, text))
     images = {name: uri for name in names if (uri := folder.find(name))}
     return Split(split, tuple(triplets), images, galleries, tuple(notes)), problems

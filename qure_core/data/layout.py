@@ -98,7 +98,8 @@ _NEAREST_AMONG = 5000  # names that are compared letter by letter with one that 
 class ImageFolder:
     """The image files below a directory, listed once and found by relative path without suffix.
 
-    Hidden files, among them what macOS leaves beside each (``._a.jpg``), are no images.
+    Hidden files and folders, and what macOS leaves beside them (``._a.jpg``, ``__MACOSX``), are no
+    images.
     """
 
     def __init__(self, uri: str) -> None:
@@ -109,7 +110,7 @@ class ImageFolder:
         self._uri_of: dict[str, str] = {}
         for file in sorted(fs.find(path)) if fs.exists(path) else []:
             relative = PurePosixPath(file.removeprefix(root))
-            hidden = relative.name.startswith(".")
+            hidden = any(part.startswith(".") or part == "__MACOSX" for part in relative.parts)
             if relative.suffix.lower() in IMAGE_SUFFIXES and not hidden:
                 key = str(relative.with_suffix(""))
                 self._uri_of.setdefault(key, storage.join(uri, str(relative)))

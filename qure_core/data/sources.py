@@ -64,7 +64,10 @@ def mining_galleries(data: DataSettings, split: Split) -> dict[str, tuple[str, .
 
 
 def load_descriptions(data: DataSettings, split: Split) -> dict[str, str]:
-    """Captions of ``split``'s images for pretraining: {image id: caption}, sorted by id."""
+    """Captions of ``split``'s images for pretraining: {image id: caption}, sorted by id.
+
+    Of those alone that its rows name or its galleries hold.
+    """
     if data.descriptions is None:
         return {}
     uri = storage.join(data.root, data.descriptions)
@@ -73,4 +76,6 @@ def load_descriptions(data: DataSettings, split: Split) -> dict[str, str]:
     value = storage.read_json(uri)
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise InputError(f"{uri}: must map image ids to captions (text)")
-    return {name: value[name] for name in sorted(split.images) if name in value}
+    own = {name for ids in split.galleries.values() for name in ids}
+    own |= {name for t in split.triplets for name in (t.reference_id, str(t.target_id))}
+    return {name: value[name] for name in sorted(own & set(split.images)) if name in value}

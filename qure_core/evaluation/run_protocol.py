@@ -41,6 +41,7 @@ from qure_core.evaluation.protocols import (
 )
 from qure_core.evaluation.published import known_dataset
 from qure_core.evaluation.stage import galleries_of, rank_queries, read_rows, summarise
+from qure_core.relevance import refuse_bad_scores
 from qure_core.resources import Plan
 
 RESULT_KIND = storage.Kind("protocol result", r"(recall|recall_subset|submission)\.json")
@@ -55,7 +56,13 @@ def _load(settings: Settings, protocol: str, name: str) -> Split:
                 f"--split: {data.root} ({data.format} layout) has no {name!r} split; name one that "
                 "is there, or set data.format and data.root to your data's"
             )
-        return load_split(data, name)
+        split = load_split(data, name)
+        if any(triplet.target_id is None for triplet in split.triplets):
+            raise InputError(
+                f"--split: the {name!r} split of {data.root} has no targets to measure by; name "
+                "another, or write a benchmark's submission with its -test protocol"
+            )
+        return split
     if protocol == "fashioniq":
         split, problems = read_fashioniq(data.root, "val", data.categories)
     elif protocol.startswith("cirr"):
@@ -148,16 +155,12 @@ def evaluate_protocol(
         for name, value in files.items():
             storage.write_bytes(storage.join(uri, name), storage.compact_json(value))
         del facts["judgements"]
-        storage.write_manifest(
-            uri,
-            RESULT_KIND,
-            facts | {"dataset": known_dataset(split), "result": result},
-            list(files),
-        )
+        storage.write_manifest(uri, RESULT_KIND, facts | {"result": result}, list(files))
     # Also where a process was killed before it came here.
     storage.discard(embeddings, EMBEDDINGS_KIND)
     storage.discard(rankings, _RANKINGS_KIND)
-    return storage.read_manifest(uri, RESULT_KIND) | {"uri": uri}
+    manifest = storage.read_manifest(uri, RESULT_KIND)
+    return manifest | {"uri": uri, "dataset": known_dataset(split)}
 
 
 def _measure(
@@ -270,7 +273,9 @@ def _judge(embeddings: str, pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     def mean_relevance(number: int, names: Sequence[str]) -> float:
         query_D = torch.from_numpy(queries[f"{number:06d}"])
         image_MTD = torch.from_numpy(np.stack([images[name] for name in names]))
-        return float((image_MTD @ query_D).amax(dim=1).mean())
+        relevance_M = (image_MTD @ query_D).amax(dim=1)
+        refuse_bad_scores(relevance_M[None])
+        return float(relevance_M.mean())
 
     score1, score2 = (
         np.asarray([mean_relevance(number, sets) for number, sets in enumerate(column)])

@@ -309,8 +309,8 @@ def check_corpora(split: Split, corpora: dict[str, tuple[str, ...]]) -> None:
     if small:
         raise InputError(
             f"mining corpus of category {', '.join(small)} has fewer than 3 images; a query needs "
-            "a target, a reference and at least one other image. Drop the category "
-            "(data.categories) or set data.mining_corpus to 'split'"
+            "a target, a reference and at least one other image. Give the category more of them, "
+            "or set data.mining_corpus to 'split'"
         )
     outside = [t for t in split.triplets if t.target_id not in members[t.category]]
     if outside:

@@ -44,6 +44,7 @@ from qure_core.storage.files import (
 )
 from qure_core.storage.kinds import (
     Kind,
+    adopt,
     begin,
     check_place,
     clear,
@@ -55,6 +56,7 @@ from qure_core.storage.temporary import clean_temporary, temporary_folder
 
 __all__ = [
     "Kind",
+    "adopt",
     "arrow_filesystem",
     "begin",
     "check_place",

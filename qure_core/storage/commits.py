@@ -36,18 +36,19 @@ from qure_core.storage.files import (
 from qure_core.storage.kinds import (
     OLD_PLAN,
     PLAN,
+    STAGING_OWNER,
     Kind,
     begin,
     check_place,
     clear,
     listing,
     manifest_uri,
+    own_files,
     plan_of,
+    read_mark,
 )
 from qure_core.storage.owner import lives, this_process
 from qure_core.storage.temporary import read_owner, temporary_folder
-
-_STAGING_OWNER = ".owner.json"
 
 
 @contextmanager
@@ -59,13 +60,18 @@ def committed_directory(uri: str, kind: Kind) -> Iterator[tuple[Path, dict[str, 
     `InputError`, before the body runs, if anything else is there.
     """
     check_place(uri, kind)
+    if is_local(uri):
+        # A directory that is a link is replaced where it lies.
+        uri = os.path.realpath(filesystem(uri)[1])
+        if left := set(listing(uri)) - own_files(uri, kind, listing(uri)):
+            raise InputError(f"{uri} holds {min(left)}, which would be lost; move it away")
     with _staging(uri) as staging:
         description: dict[str, Any] = {}
         yield staging, description
         names = sorted(
             str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file()
         )
-        names = [name for name in names if name != _STAGING_OWNER]
+        names = [name for name in names if name != STAGING_OWNER]
         files = {
             name: {
                 "bytes": (staging / name).stat().st_size,
@@ -79,8 +85,8 @@ def committed_directory(uri: str, kind: Kind) -> Iterator[tuple[Path, dict[str, 
         if is_local(uri):
             staging.chmod(0o755)
             write_json(str(staging / kind.manifest), manifest)
-            remove_file(str(staging / _STAGING_OWNER))
             os.replace(staging, path)
+            remove_file(join(uri, STAGING_OWNER))  # until here it says whose staging this is
         else:
             # A kill from here on leaves files that are known as ours by the plan.
             begin(uri, kind, {"files": names})
@@ -101,11 +107,11 @@ def _staging(uri: str) -> Iterator[Path]:
     place.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".staging-{place.name}-"
     for left in place.parent.glob(f"{prefix}*"):
-        if lives(read_owner(left / _STAGING_OWNER)) is False:
+        if lives(read_owner(left / STAGING_OWNER)) is False:
             shutil.rmtree(left)  # of a process that was killed
     staging = place.parent / f"{prefix}{uuid.uuid4().hex[:12]}"
     staging.mkdir(mode=0o700)
-    (staging / _STAGING_OWNER).write_text(json.dumps(this_process()))
+    (staging / STAGING_OWNER).write_text(json.dumps(this_process()))
     try:
         yield staging
     finally:
@@ -144,7 +150,7 @@ def commit(
 
 def kept(uri: str, kind: Kind, facts: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a committed directory if it is whole and says ``facts``, else None."""
-    place = manifest_uri(uri)
+    place = manifest_uri(uri, kind)
     if place is None:
         return None
     manifest = _read(place)
@@ -161,9 +167,10 @@ def resume(uri: str, kind: Kind, plan: dict[str, Any]) -> set[str]:
     A directory of the same kind begun by another plan is emptied first; raises `InputError` if
     anything else is there. Of a committed one that is no longer whole, the good files are kept.
     """
+    check_place(uri, kind)
     if plan_of(uri, kind) == json.loads(json.dumps(plan)):
         begin(uri, kind, plan)
-        if place := manifest_uri(uri):
+        if place := manifest_uri(uri, kind):
             remove_files(uri, list(faults(uri, _read(place))))
             remove_file(place)
         remove_file(join(uri, OLD_PLAN))
@@ -199,10 +206,19 @@ def is_committed(uri: str) -> bool:
     return manifest_uri(uri) is not None
 
 
+def is_ours(uri: str) -> bool:
+    """Whether a directory is committed by a manifest of this project, whatever its kind."""
+    place = manifest_uri(uri)
+    if place is None:
+        return False
+    mark = read_mark(uri, place.rsplit("/", 1)[-1])
+    return "kind" in mark and isinstance(mark.get("files"), dict)
+
+
 def read_manifest(uri: str, kind: Kind | None) -> dict[str, Any]:
     """Read the manifest of a committed directory, checking every file's size and, unless None,
     its kind."""
-    place = manifest_uri(uri)
+    place = manifest_uri(uri, kind)
     if place is None:
         raise InputError(
             f"{uri}: no manifest.json, so this is not a finished {kind or 'directory'}"

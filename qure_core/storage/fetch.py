@@ -11,7 +11,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from qure_core.errors import InputError
-from qure_core.storage.commits import damaged, is_committed, read_manifest
+from qure_core.storage.commits import damaged, is_ours, read_manifest
 from qure_core.storage.files import exists, file_digest, filesystem, join
 from qure_core.storage.temporary import temporary_folder
 
@@ -24,7 +24,7 @@ def local_copy(source: str, leave_out: Collection[str] = ()) -> Iterator[str]:
     checked against its manifest, but for the files to ``leave_out``, which are not fetched either.
     """
     files: dict[str, dict[str, Any]] = {}
-    if is_committed(source):
+    if is_ours(source):
         files = read_manifest(source, None)["files"]
         files = {name: facts for name, facts in files.items() if name not in leave_out}
     elif "://" in source and not exists(source):

@@ -74,13 +74,14 @@ def resolve(path: str) -> str:
     would be lost. So a relative path is taken from ``QURE_HOME`` if that is set, else from
     ``~/qure`` inside a submitted job, else from the current directory.
     """
-    if "://" in path or os.path.isabs(path):
+    if "://" in path:
         return path
-    if home := os.environ.get("QURE_HOME"):
-        return os.path.join(home, path)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return str(Path.home() / "qure" / path)
-    return os.path.abspath(path)
+    if not os.path.isabs(path):
+        home = os.environ.get("QURE_HOME", "")
+        if not home and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+            home = str(Path.home() / "qure")
+        path = os.path.join(home, path)
+    return os.path.abspath(path)  # one spelling of one place
 
 
 def exists(uri: str) -> bool:

@@ -31,6 +31,7 @@ from qure_core.storage.files import (
 MANIFEST = "manifest.json"
 PLAN = "_plan.json"  # what an unfinished directory is being filled with
 OLD_PLAN = "plan.json"  # its name before, in which the kind was not said
+STAGING_OWNER = ".owner.json"  # in a directory that is being made, and for a moment after
 _BESIDE = re.compile(r"(.*/)?(\.[^/]*\.lease|\.probe-[0-9a-f]{32}|[^/]*\.[0-9a-f]{32}\.partial)")
 """Leases and what a killed process left of a write: neither ours to remove nor in anyone's way."""
 
@@ -75,16 +76,17 @@ def listing(uri: str) -> dict[str, int]:
     return sizes
 
 
-def manifest_uri(uri: str) -> str | None:
-    """The manifest of a committed directory, or None."""
+def manifest_uri(uri: str, kind: Kind | None = None) -> str | None:
+    """The manifest of a committed directory, that of its ``kind`` before others, or None."""
     fs, path = filesystem(uri)
-    for name in (MANIFEST, f"_{MANIFEST}"):
+    first = kind.manifest if kind else MANIFEST
+    for name in sorted((MANIFEST, f"_{MANIFEST}"), key=first.__ne__):
         if fs.exists(join(path, name)):
             return join(uri, name)
     return None
 
 
-def _read_mark(uri: str, name: str) -> dict[str, Any]:
+def read_mark(uri: str, name: str) -> dict[str, Any]:
     """A file's JSON object; empty for anything else, which is no mark."""
     try:
         value = json.loads(read_bytes(join(uri, name)))
@@ -98,20 +100,20 @@ def own_files(uri: str, kind: Kind, names: Iterable[str]) -> set[str]:
     names = set(names)
     own: set[str] = set()
     for name in names & {MANIFEST, f"_{MANIFEST}"}:
-        mark = _read_mark(uri, name)
+        mark = read_mark(uri, name)
         if mark.get("kind") == kind.name and isinstance(mark.get("files"), dict):
             own |= {name} | (set(mark["files"]) & names)
-    if PLAN in names and (mark := _read_mark(uri, PLAN)).get("kind") == kind.name:
+    if PLAN in names and (mark := read_mark(uri, PLAN)).get("kind") == kind.name:
         plan = mark.get("plan")
         listed = plan.get("files", []) if isinstance(plan, dict) else []
         own |= {PLAN} | (set(listed) & names)
     fits = {name for name in names if re.fullmatch(kind.files, name)}
-    if OLD_PLAN in names and "checkpoint" in _read_mark(uri, OLD_PLAN):
+    if OLD_PLAN in names and "checkpoint" in read_mark(uri, OLD_PLAN):
         # Before plans said their kind, each had a checkpoint, and nothing lay beside its files.
         rest = {n for n in names - fits - own - {OLD_PLAN} if not _BESIDE.fullmatch(n)}
         if own or not rest:
             own.add(OLD_PLAN)
-    return own | fits if own else own
+    return own | fits | (names & {STAGING_OWNER}) if own else own
 
 
 def strangers(uri: str, kind: Kind) -> list[str]:
@@ -126,6 +128,10 @@ def strangers(uri: str, kind: Kind) -> list[str]:
 
 def check_place(uri: str, kind: Kind, setting: str = "") -> None:
     """Raise `InputError` if making a ``kind`` at ``uri`` would meet files that are not ours."""
+    fs, path = filesystem(uri)
+    if fs.isfile(path):
+        place = f"{setting}: {uri}" if setting else uri
+        raise InputError(f"{place} is a file, where a directory is made; choose another name")
     if not (found := strangers(uri, kind)):
         return
     shown = ", ".join(found[:3]) + (f" and {len(found) - 3:,} more" if len(found) > 3 else "")
@@ -141,6 +147,9 @@ def discard(uri: str, kind: Kind) -> None:
     own = own_files(uri, kind, names)
     if not own:
         return
+    if PLAN in names and PLAN not in own:
+        print(f"[storage] left in place: {uri}, where {PLAN} is no plan of ours", flush=True)
+        return
     if PLAN not in own:
         # The mark goes last: what a kill leaves is known as ours, and never taken for finished.
         begin(uri, kind, {"files": sorted(own)})
@@ -150,7 +159,19 @@ def discard(uri: str, kind: Kind) -> None:
         remove_files(uri, part)
     _remove_folders(uri, own)
     if left := [name for name in names if name not in own and not _BESIDE.fullmatch(name)]:
-        print(f"[storage] left in {uri}, being no part of a {kind}: {', '.join(left[:5])}")
+        text = f"[storage] left in {uri}, being no part of a {kind}: {', '.join(left[:5])}"
+        print(text, flush=True)
+
+
+def adopt(uri: str, kind: Kind) -> None:
+    """Mark an unfinished ``kind`` that was begun before such directories had a mark.
+
+    For places below a directory of ours alone: whose every file is named as the kind's files are.
+    """
+    names = listing(uri)
+    fit = all(re.fullmatch(kind.files, n) or _BESIDE.fullmatch(n) for n in names)
+    if names and fit:
+        begin(uri, kind, {"files": sorted(names)})
 
 
 def clear(uri: str, kind: Kind, setting: str = "") -> None:

@@ -1,13 +1,15 @@
 """Temporary folders that say who made them, so that a later start can remove what a kill left.
 
-All lie in one folder per process, ``TMPDIR/qure-UID/PROCESS-TOKEN``, beside a note of the process.
+Each lies in a folder of its own, ``TMPDIR/qure-UID/PROCESS-TOKEN``, beside a note of the process.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -21,8 +23,20 @@ _OWNER = "owner.json"
 
 
 def own_folder() -> Path:
-    """The folder of all that this user's processes keep in the temporary directory."""
-    return Path(tempfile.gettempdir()) / f"qure-{os.getuid()}"
+    """The folder of all that this user's processes keep in the temporary directory.
+
+    Anyone can make a folder of that name there: raises `PermissionError` unless it is this user's
+    and nobody else's.
+    """
+    folder = Path(tempfile.gettempdir()) / f"qure-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise PermissionError(
+            errno.EPERM, "not a folder that this user alone can write", str(folder)
+        )
+    return folder
 
 
 @contextmanager
@@ -51,10 +65,9 @@ def read_owner(note: Path) -> dict[str, Any]:
 def clean_temporary() -> int:
     """Remove the folders of processes that are known to be gone; return how many."""
     removed = 0
-    with suppress(FileNotFoundError, NotADirectoryError):
-        for folder in own_folder().iterdir():
-            note = folder / _OWNER
-            if note.is_file() and lives(read_owner(note)) is False:
-                shutil.rmtree(folder, ignore_errors=True)
-                removed += 1
+    for folder in own_folder().iterdir():
+        note = folder / _OWNER
+        if note.is_file() and lives(read_owner(note)) is False:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed += 1
     return removed

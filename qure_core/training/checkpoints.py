@@ -65,13 +65,19 @@ def load_optimizer(uri: str) -> dict[str, Any] | None:
     return state
 
 
+def _epochs(run_dir: str, stage: str) -> list[int]:
+    names = storage.list_names(storage.join(run_dir, "checkpoints"))
+    found = (re.fullmatch(rf"{stage}-(\d{{4,}})", name) for name in names)
+    return sorted(int(name[1]) for name in found if name)
+
+
 def committed_epochs(run_dir: str, stage: str) -> list[int]:
     """The epochs of ``stage`` whose checkpoints are committed, in order."""
-    folder = storage.join(run_dir, "checkpoints")
-    names = (re.fullmatch(rf"{stage}-(\d{{4,}})", name) for name in storage.list_names(folder))
-    return sorted(
-        int(name[1]) for name in names if name and storage.is_committed(f"{folder}/{name[0]}")
-    )
+    return [
+        epoch
+        for epoch in _epochs(run_dir, stage)
+        if storage.is_committed(checkpoint_uri(run_dir, stage, epoch))
+    ]
 
 
 def latest_epoch(run_dir: str, stage: str) -> int | None:
@@ -81,6 +87,9 @@ def latest_epoch(run_dir: str, stage: str) -> int | None:
 
 def prune_checkpoints(run_dir: str, stage: str, keep: set[int], newest: int) -> None:
     """Remove checkpoints of ``stage`` but the epochs in ``keep`` and the ``newest`` latest."""
-    for epoch in committed_epochs(run_dir, stage)[:-newest]:
-        if epoch not in keep:
+    committed = committed_epochs(run_dir, stage)
+    # Also what is left of one whose removal, or making, was cut short.
+    for epoch in _epochs(run_dir, stage):
+        old = epoch in committed[:-newest] and epoch not in keep
+        if old or (epoch not in committed and epoch < max(committed, default=0)):
             storage.discard(checkpoint_uri(run_dir, stage, epoch), CHECKPOINT_KIND)

@@ -22,9 +22,11 @@ from qure_core import storage
 from qure_core.config import Settings
 from qure_core.data import read_split
 from qure_core.data.schema import Triplet
+from qure_core.errors import InputError
 from qure_core.features.store import StoredFeatures
 from qure_core.mining.mined_set import read_mined_set
 from qure_core.model import QuReModel, QuReProcessor, load_model
+from qure_core.model.modeling import check_finite
 from qure_core.progress import format_seconds
 from qure_core.training.batches import (
     Batch,
@@ -202,7 +204,7 @@ def train_segment(segment: Segment, board: Any = None) -> None:
         sums, counts = optimisation.epoch(steps, seed_of, meter, progress)
         speed, measured = meter.line(), meter.facts()  # before the checkpoint is written
         losses = [value / count for value, count in zip(sums, counts, strict=True)]
-        _check_finite(losses, segment.stage, epoch)
+        check_learning(losses, model, segment.stage, epoch)
         facts: dict[str, Any] = {
             "stage": segment.stage,
             "epoch": epoch + 1,
@@ -282,13 +284,16 @@ def _print_progress(
     )
 
 
-def _check_finite(losses: list[float], stage: str, epoch: int) -> None:
+def check_learning(losses: list[float], model: QuReModel, stage: str, epoch: int) -> None:
+    """Raise `InputError` if an epoch's losses or weights are not finite: nothing is kept of it."""
+    remedy = f"lower {stage}.lr, or use train.precision fp32 or bf16"
     for step, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{stage}: loss is {loss} at epoch {epoch}, step {step}; lower {stage}.lr or use "
-                "train.precision fp32 or bf16"
-            )
+            raise InputError(f"{stage}: loss is {loss} at epoch {epoch + 1}, step {step}; {remedy}")
+    try:
+        check_finite(model, f"{stage}, epoch {epoch + 1}")
+    except InputError as error:
+        raise InputError(f"{str(error).partition(';')[0]}; {remedy}") from None
 
 
 def _write_epoch(segment: Segment, epoch: int, losses: list[float], facts: dict[str, Any]) -> None:

@@ -14,7 +14,11 @@ import yaml
 
 from qure_core import storage
 from qure_core.data.schema import SPLIT_KIND
+from qure_core.embedding_shards import CHECKPOINT_KIND, EMBEDDINGS_KIND
 from qure_core.errors import InputError
+from qure_core.evaluation.stage import EVALUATION_KIND
+from qure_core.mining.mined_set import MINED_KIND
+from qure_core.mining.stage import SCRATCH_KIND
 
 RUN_KIND = "run"
 MARK = "run.json"
@@ -75,6 +79,35 @@ def claim_run(run_dir: str) -> None:
         )
     storage.check_writable(run_dir, "run.dir")
     storage.write_json(storage.join(run_dir, MARK), {"kind": RUN_KIND})
+
+
+_UNFINISHED = {
+    "checkpoints": ((r"(pretrain|train)-\d{4,}", CHECKPOINT_KIND),),
+    "rounds": (
+        (r"epoch-\d+", MINED_KIND),
+        (r"epoch-\d+-embeddings", EMBEDDINGS_KIND),
+        (r"epoch-\d+-scratch", SCRATCH_KIND),
+    ),
+    "evaluations": (
+        (r"epoch-\d+", EVALUATION_KIND),
+        (r"epoch-\d+-embeddings", EMBEDDINGS_KIND),
+    ),
+}
+
+
+def check_places(run_dir: str) -> None:
+    """Raise `InputError` if a stage of the run there would later meet files that are not ours.
+
+    What an earlier version left unfinished has no mark: it is known by being a run's.
+    """
+    for folder, kinds in _UNFINISHED.items():
+        for name in storage.list_names(storage.join(run_dir, folder)):
+            uri = storage.join(run_dir, folder, name)
+            for pattern, kind in kinds:
+                if re.fullmatch(pattern, name) and not storage.is_committed(uri):
+                    if storage.strangers(uri, kind):
+                        storage.adopt(uri, kind)
+                    storage.check_place(uri, kind, "run.dir")
 
 
 def check_apart(run_dir: str, data_root: str) -> None:

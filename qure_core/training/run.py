@@ -46,7 +46,7 @@ from qure_core.resources import Plan, connect, plan_resources
 from qure_core.seeds import derive
 from qure_core.training.checkpoints import checkpoint_uri, latest_epoch, save_checkpoint
 from qure_core.training.layout import committed, evaluation_uri, round_uri
-from qure_core.training.place import check_apart, claim_run
+from qure_core.training.place import check_apart, check_places, claim_run
 from qure_core.training.schedule import evaluation_epochs, mining_epochs, stage_boundaries
 from qure_core.training.segment import Segment
 from qure_core.training.tracking import Scalar, check_tracker, scalars, track
@@ -141,9 +141,7 @@ def begin(settings: Settings) -> None:
         print(f"[run] goes on from checkpoint {newest}, {rounds} mined round(s)", flush=True)
         return
     if not known or _differences(settings, sections):
-        # Weights that no step has changed yet, of other settings.
-        for stage in ("pretrain", "train"):
-            storage.discard(checkpoint_uri(run_dir, stage, 0), CHECKPOINT_KIND)
+        _forget_first_weights(run_dir)
     if known:
         print(f"[run] {run_dir} had not trained yet and begins again", flush=True)
 
@@ -164,9 +162,17 @@ def _kept_split(settings: Settings, uri: str, split: Split) -> Split:
                 f"data.root: the {split.name} split of {settings.data.root} has changed since this "
                 f"run began ({uri}); choose another --run.dir, or restore the data"
             )
+    if kept and (kept.triplets, kept.galleries) != (split.triplets, split.galleries):
+        _forget_first_weights(settings.run.dir)
     if kept != split:  # it is new, or its images have moved
         write_split(uri, split)
     return split
+
+
+def _forget_first_weights(run_dir: str) -> None:
+    """Remove weights that no step has changed yet: they were made for other data or settings."""
+    for stage in ("pretrain", "train"):
+        storage.discard(checkpoint_uri(run_dir, stage, 0), CHECKPOINT_KIND)
 
 
 def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tuple[str, ...]]]:
@@ -185,7 +191,12 @@ def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tup
     corpora = mining_galleries(data, train)
     check_corpora(train, corpora)
     storage.write_json(storage.join(folder, "corpora.json"), corpora)
-    storage.write_json(storage.join(folder, "captions.json"), load_descriptions(data, train))
+    captions, described = storage.join(folder, "captions.json"), load_descriptions(data, train)
+    learned = _has_learned(settings.run.dir)
+    if not storage.exists(captions) or not learned:  # a run keeps those that it began with
+        if storage.exists(captions) and storage.read_json(captions) != described:
+            _forget_first_weights(settings.run.dir)
+        storage.write_json(captions, described)
     count = f"{len(val.triplets):,} val" if val else "no val"
     print(
         f"[prepare] {len(train.triplets):,} train and {count} triplets; mining corpus: "
@@ -194,9 +205,17 @@ def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tup
     )
     if not val:
         print("[prepare] there is no val split: evaluations and their figures are skipped")
-    remember_contents(
-        storage.join(folder, "contents.parquet"), used_images(settings, train, val, corpora)
-    )
+    contents = storage.join(folder, "contents.parquet")
+    if learned and not storage.exists(contents):
+        print(
+            "[prepare] this run did not remember what its images hold; from here on it does, but "
+            "whether they changed before cannot be told",
+            flush=True,
+        )
+    if not learned:
+        storage.remove_file(contents)  # of an attempt whose images may have been put right since
+    used = used_images(settings, train, val, corpora)
+    remember_contents(contents, used | {name: train.images[name] for name in described})
     return train, val, corpora
 
 
@@ -266,7 +285,7 @@ def training_images(train: Split, corpora: dict[str, tuple[str, ...]]) -> dict[s
 def used_images(
     settings: Settings, train: Split, val: Split | None, corpora: dict[str, tuple[str, ...]]
 ) -> dict[str, str]:
-    """URIs by id of all images that a run reads."""
+    """URIs by id of the images that fine-tuning, mining and evaluation read."""
     evaluated = evaluation_job(settings, val, "").images() if val else {}
     return training_images(train, corpora) | evaluated
 
@@ -321,6 +340,7 @@ def run(settings: Settings) -> dict[str, Any]:
         monitored(events, "training", settings.resolved()) as monitor,
     ):
         begin(settings)
+        check_places(run_dir)
         plan = plan_resources(settings.cluster)
         train, val, corpora = prepare_data(settings)
         first_checkpoint(settings, train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import uuid
 from dataclasses import asdict
@@ -95,8 +96,9 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
             raise bad from None
         raise
     finally:
-        # Only this driver's: another may have begun.
-        storage.discard(storage.join(scratch, name), _NOTES_KIND)
+        # Only this driver's: another may have begun. Interrupted, Ray Train still writes there.
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            storage.discard(storage.join(scratch, name), _NOTES_KIND)
 
 
 def raise_fault(uri: str) -> None:

@@ -118,6 +118,22 @@ def test_relevance_that_would_measure_nothing_is_a_problem(
     assert f"rel.dress.val.json [0]: {message}" in str(problem)
 
 
+def test_keys_that_nothing_reads_are_said_and_misspelled_ones_refused(tmp_path: Path) -> None:
+    root = jsonl(tmp_path, [row(splitt="val"), row(source="web"), row(source="shop", id=3)])
+    assert [fault.split("]: ")[1] for fault in faults(root)] == [
+        "key 'splitt' is not read; is 'split' meant?"
+    ]
+    (note,) = read_jsonl(str(root), "train")[0].notes
+    assert "keys that are not read: 'id' (1 rows), 'source' (2 rows), 'splitt' (1 rows)" in note
+
+
+def test_rows_that_ask_for_nothing_are_counted(tmp_path: Path) -> None:
+    root = jsonl(tmp_path, [row(), row(target="a"), row() | {"text": " "}])
+    same, empty = read_jsonl(str(root), "train")[0].notes
+    assert "1 row(s) of 'train' have their target as reference" in same
+    assert "1 row(s) of 'train' have an empty text" in empty
+
+
 def test_the_target_is_relevant_without_being_named(tmp_path: Path) -> None:
     root = jsonl(tmp_path, [row(relevant=["c", "d"]), row(relevant=["c", "b"])])
     split, problems = read_jsonl(str(root), "train")
@@ -139,6 +155,36 @@ def test_cirr_members_that_are_no_list_are_a_problem(tmp_path: Path, members: An
         Image.new("RGB", (4, 4)).save(tmp_path / f"dev/{name}.png")
     (problem,) = read_cirr(str(tmp_path), "val")[1]
     assert "cap.rc2.val.json [0]: img_set.members is not a list of image names" in str(problem)
+
+
+def test_a_split_without_targets_is_not_measured(tmp_path: Path) -> None:
+    from qure_core.config import Settings
+    from qure_core.evaluation.run_protocol import _load
+
+    caption = {"pairid": 1, "reference": "a", "caption": "x", "img_set": {"members": ["a", "b"]}}
+    for name, value in (
+        ("captions/cap.rc2.test1.json", [caption]),
+        ("image_splits/split.rc2.test1.json", {name: f"./test1/{name}.png" for name in "ab"}),
+    ):
+        (tmp_path / "cirr" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cirr" / name).write_text(json.dumps(value))
+    (tmp_path / "test1").mkdir()
+    for name in "ab":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"test1/{name}.png")
+    settings = Settings(data={"format": "cirr", "root": str(tmp_path)})
+    with pytest.raises(InputError, match=r"'test1' split of .* has no targets to measure by"):
+        _load(settings, "own", "test1")
+    with pytest.raises(InputError, match=r"has no 'val' split; name one that is there"):
+        _load(settings, "own", "val")
+
+
+def test_relevance_outside_the_gallery_is_a_problem(tmp_path: Path) -> None:
+    root = jsonl(tmp_path, [row(reference="x/a", target="x/b", category="x", relevant=["c"])])
+    (root / "images/x").mkdir()
+    for name in "ab":
+        Image.new("RGB", (4, 4)).save(root / f"images/x/{name}.png")
+    (fault,) = faults(root)
+    assert "relevant 'c' is outside images/x/" in fault
 
 
 def test_rows_end_at_line_feeds_alone_and_a_byte_order_mark_is_taken(tmp_path: Path) -> None:
@@ -182,6 +228,9 @@ def test_hidden_files_are_no_images(tmp_path: Path) -> None:
     root = jsonl(tmp_path, [row()])
     (root / "images/._a.png").write_bytes(b"\0\5\26\7")
     (root / "images/.DS_Store").write_bytes(b"")
+    for folder in (".cache", "__MACOSX"):
+        (root / "images" / folder).mkdir()
+        (root / "images" / folder / "a.png").write_bytes(b"")
     assert ImageFolder(f"{root}/images").names() == list("abcdef")
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qure_core import storage
 from qure_core.config import Settings, load_settings
 from qure_core.data import load_split, read_split, write_split
 from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.errors import InputError
+from qure_core.model import build_model, learn_tokenizer
 from qure_core.training.checkpoints import checkpoint_uri
+from qure_core.training.loop import check_learning
 from qure_core.training.run import begin, prepare_data, remember_contents, save_config
 
 
@@ -132,10 +136,50 @@ def test_an_older_run_goes_on_with_the_corpus_it_began_with(
         prepare_data(settings)
 
 
-def test_what_an_attempt_kept_of_other_data_is_replaced(own: Path, tmp_path: Path) -> None:
+def test_data_put_right_after_a_failed_attempt_are_taken(own: Path, tmp_path: Path) -> None:
+    """Rows, images and captions, and with them the first weights, whose words are learned."""
     run = tmp_path / "run"
     settings = settings_of(run, "--data.format=jsonl", f"--data.root={own}")
-    split = load_split(settings.data, "train")
-    write_split(str(run / "data/train"), replace(split, triplets=split.triplets[:1]))
+    rows = (own / "triplets.jsonl").read_text()
+    (own / "triplets.jsonl").write_text(rows.splitlines()[0] + "\n")
     prepare_data(settings)
-    assert read_split(str(run / "data/train")) == split
+
+    def changed(change: Callable[[], object]) -> bool:
+        """Whether first weights that were there are gone after ``change``."""
+        checkpoint(run, "pretrain", 0)
+        change()
+        prepare_data(settings)
+        return not (run / "checkpoints/pretrain-0000").exists()
+
+    assert not changed(lambda: None)
+    (own / "images/a.png").write_bytes(b"damaged")
+    prepare_data(settings)
+    assert not changed(lambda: shutil.copy(own / "images/b.png", own / "images/a.png"))
+    assert changed(lambda: (own / "triplets.jsonl").write_text(rows))
+    assert read_split(str(run / "data/train")) == load_split(settings.data, "train")
+    captions = json.dumps({name: f"a picture of {name}" for name in "abh"})
+    assert changed(lambda: (own / "descriptions.json").write_text(captions))
+    # What only val names is not learned from either.
+    kept = json.loads((run / "data/captions.json").read_text())
+    assert kept == {"a": "a picture of a", "b": "a picture of b"}
+    # Once it has trained, a run keeps them.
+    checkpoint(run, "pretrain", 1)
+    (own / "descriptions.json").unlink()
+    prepare_data(settings)
+    assert json.loads((run / "data/captions.json").read_text()) == kept
+    (own / "images/a.png").write_bytes(b"damaged again")
+    with pytest.raises(InputError, match=r"1 image\(s\) are not what they were"):
+        prepare_data(settings)
+
+
+def test_an_epoch_that_went_astray_is_not_kept() -> None:
+    model, _ = build_model("tiny", learn_tokenizer(["a red dress"], 80), 0.0, seed=0)
+    check_learning([0.1, 0.2], model, "train", 4)
+    for loss in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match=rf"train: loss is {loss} at epoch 5, step 1; lower"):
+            check_learning([0.1, loss], model, "train", 4)
+    # The last step's loss is of the weights before it.
+    with torch.no_grad():
+        model.text_proj.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"train, epoch 5: 1 of .* finite .*; lower train\.lr"):
+        check_learning([0.1, 0.2], model, "train", 4)
