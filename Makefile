@@ -28,7 +28,7 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -n 3 --dist loadfile --no-loadscope-reorder -rs --durations=30
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=30
 
 # Known vulnerabilities of what is installed; asks the advisory databases, so it needs the internet,
 # and fails for what they do not answer. A build for one device (2.13.0+cu130) goes by its version.

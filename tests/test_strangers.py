@@ -408,22 +408,41 @@ def test_a_staging_folder_of_a_killed_process_goes_and_no_other(tmp_path: Path) 
     assert stranger.is_dir()
 
 
-def test_what_an_earlier_version_left_unfinished_in_a_run_is_known_as_its_own(base: str) -> None:
+def test_what_an_older_run_left_unfinished_is_known_as_its_own(base: str) -> None:
+    from qure_core.config import Settings
+
     run = f"{base}/run"
+    put(f"{run}/config.yaml", json.dumps(Settings().resolved()))
+    write_split(f"{run}/data/train", Split("train", (), {}))
     put(f"{run}/evaluations/epoch-0004/part-00000.parquet")
     put(f"{run}/checkpoints/train-0003/model.safetensors")
-    check_places(run)
+    mixed = put(f"{run}/evaluations/epoch-0006/notes.txt")
+    claim_run(run)
     storage.clear(f"{run}/evaluations/epoch-0004", EVALUATION_KIND)
     storage.clear(f"{run}/checkpoints/train-0003", CHECKPOINT_KIND)
-    # With anything else beside it, it is refused before the run begins; other names are let be.
+    with pytest.raises(InputError, match=r"run\.dir: .*epoch-0006 holds .*notes\.txt"):
+        check_places(run)
+    assert untouched(mixed)
+
+
+def test_what_is_in_the_way_of_a_later_stage_is_refused_before_a_run_begins(base: str) -> None:
+    run = f"{base}/run"
+    claim_run(run)
+    # Names that no stage has are let be.
     put(f"{run}/rounds/notes/a.txt")
     put(f"{run}/checkpoints/train-0003-best/weights.bin")
     check_places(run)
-    mine = put(f"{run}/rounds/epoch-0002-scratch/notes.txt")
-    put(f"{run}/rounds/epoch-0002-scratch/anchors-00000.npz")
-    with pytest.raises(InputError, match=r"run\.dir: .*epoch-0002-scratch holds"):
-        check_places(run)
-    assert untouched(mine)
+    for name in (
+        "rounds/epoch-0002/part-00000.parquet",
+        "rounds/epoch-0002-scratch/anchors-00000.npz",
+        "evaluations/epoch-0004-embeddings/notes.txt",
+        "checkpoints/train-0001/model.safetensors",
+    ):
+        mine = put(f"{run}/{name}")
+        with pytest.raises(InputError, match=r"run\.dir: .* holds what is not part of a"):
+            check_places(run)
+        assert untouched(mine)
+        storage.remove_file(mine)
 
 
 def test_a_folder_of_our_name_that_is_not_ours_is_not_used(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 
 import yaml
 
@@ -78,6 +79,9 @@ def claim_run(run_dir: str) -> None:
             f"--run.dir {storage.join(run_dir, 'runs', 'first')}"
         )
     storage.check_writable(run_dir, "run.dir")
+    for uri, kind in _unfinished(run_dir) if found else ():
+        if storage.strangers(uri, kind):
+            storage.adopt(uri, kind)  # what the older version left unfinished had no mark
     storage.write_json(storage.join(run_dir, MARK), {"kind": RUN_KIND})
 
 
@@ -95,19 +99,20 @@ _UNFINISHED = {
 }
 
 
-def check_places(run_dir: str) -> None:
-    """Raise `InputError` if a stage of the run there would later meet files that are not ours.
-
-    What an earlier version left unfinished has no mark: it is known by being a run's.
-    """
+def _unfinished(run_dir: str) -> Iterator[tuple[str, storage.Kind]]:
+    """Directories that a stage of the run fills and that are not committed, with their kinds."""
     for folder, kinds in _UNFINISHED.items():
         for name in storage.list_names(storage.join(run_dir, folder)):
             uri = storage.join(run_dir, folder, name)
             for pattern, kind in kinds:
                 if re.fullmatch(pattern, name) and not storage.is_committed(uri):
-                    if storage.strangers(uri, kind):
-                        storage.adopt(uri, kind)
-                    storage.check_place(uri, kind, "run.dir")
+                    yield uri, kind
+
+
+def check_places(run_dir: str) -> None:
+    """Raise `InputError` if a stage of the run there would later meet files that are not ours."""
+    for uri, kind in _unfinished(run_dir):
+        storage.check_place(uri, kind, "run.dir")
 
 
 def check_apart(run_dir: str, data_root: str) -> None:
