@@ -148,7 +148,9 @@ def submit(address: str, environment: dict[str, str], command: list[str]) -> int
     console = Console(sys.stdout, unshown=_JOB_MANAGER)
     client, job = JobSubmissionClient(address), f"qure-{uuid.uuid4().hex[:12]}"
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
-        logging.getLogger(name).setLevel(logging.WARNING)  # what is packed and where it goes
+        # What is packed and where it goes; of folders left out, which is as it should be, nothing.
+        quiet = logging.ERROR if name.endswith(".working_dir") else logging.WARNING
+        logging.getLogger(name).setLevel(quiet)
 
     async def follow() -> None:
         async for text in client.tail_job_logs(job):

@@ -226,6 +226,9 @@ def local(tmp_path: Path, code: str) -> subprocess.Popen[str]:
 @pytest.mark.timeout(280)
 def test_a_job_runs_on_a_head_that_does_not_outlive_it(tmp_path: Path) -> None:
     code = "import os; print('home', os.environ['QURE_HOME']); raise SystemExit(3)"
+    for folder in (".git", ".venv"):  # of which Ray warns that it leaves them out
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").touch()
     job = local(tmp_path, code)
     output, _ = job.communicate(timeout=250)
     assert f"home {tmp_path}" in output, output
