@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
+from qure_core import storage
 from qure_core.console import Console, open_console
 from qure_core.errors import BusyError, chain, input_error
 
@@ -33,8 +34,6 @@ def _interrupt(*_: Any) -> None:
 
 def _explained(error: BaseException, log: Path | None) -> tuple[int, str]:
     """The exit status for an exception, and what is said of it."""
-    from qure_core import storage
-
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted; the same command goes on"
     if (bad := input_error(error)) is not None:

@@ -124,8 +124,9 @@ def clean_up() -> None:
             if os.readlink(latest) in (str(session), session.name):
                 latest.unlink()
         with suppress(OSError):
-            # By the port: Ray writes the machine's own address there.
+            # By the port, since Ray writes the machine's own address there; another cluster may
+            # have been given the same port since.
             port = str(owner.get("address", "")).split(":")[-1]
-            if current.read_text().strip().rpartition(":")[2] == port:
+            if current.read_text().strip().rpartition(":")[2] == port and port not in running:
                 current.unlink()
         note.unlink(missing_ok=True)

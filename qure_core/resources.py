@@ -90,41 +90,45 @@ def _address() -> str:
 def _check_answers(address: str) -> None:
     """Raise `InputError` unless a Ray cluster answers at ``address`` in `ANSWER_SECONDS`."""
     end = time.monotonic() + ANSWER_SECONDS
-    reason = "no answer"
+    if reason := _unreachable(address, end) or _no_ray(address, max(end - time.monotonic(), 5)):
+        raise InputError(
+            f"RAY_ADDRESS: no Ray cluster at {address} in {ANSWER_SECONDS:.0f} s ({reason}); "
+            "correct it, or unset it to start Ray on this machine"
+        )
+
+
+def _unreachable(address: str, end: float) -> str | None:
+    """Why nobody takes a connection until ``end`` of the monotonic clock; None if somebody does."""
     host, _, port = address.rpartition(":")
+    reason = "no answer"
     while time.monotonic() < end:
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
-            break
+            return None
         except ValueError:
             raise InputError(f"RAY_ADDRESS: {address!r} is not HOST:PORT") from None
         except OSError as error:
             reason = error.strerror or str(error)
             time.sleep(1)
-    else:
-        end = 0.0
-    if end:
-        # Whether it is a Ray that listens: a client waits for ever, so it is asked aside.
-        answered = threading.Event()
+    return reason
 
-        refused: list[str] = []
 
-        def ask() -> None:
-            try:
-                GcsClient(address=address)
-            except Exception as error:  # told below
-                refused.append(" ".join(str(error).split())[:200] or type(error).__name__)
-            answered.set()
+def _no_ray(address: str, seconds: float) -> str | None:
+    """Why it is no Ray that listens; None if it is. A client would wait for ever, so one is asked
+    aside."""
+    answers: list[str | None] = []
+    answered = threading.Event()
 
-        threading.Thread(target=ask, daemon=True).start()
-        answered.wait(max(end - time.monotonic(), 5))
-        if refused or not answered.is_set():
-            end, reason = 0.0, (refused or ["it is not Ray that answers"])[0]
-    if not end:
-        raise InputError(
-            f"RAY_ADDRESS: no Ray cluster at {address} in {ANSWER_SECONDS:.0f} s ({reason}); "
-            "correct it, or unset it to start Ray on this machine"
-        )
+    def ask() -> None:
+        try:
+            GcsClient(address=address)
+            answers.append(None)
+        except Exception as error:  # told by the caller
+            answers.append(" ".join(str(error).split())[:200] or type(error).__name__)
+        answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answers[0] if answered.wait(seconds) else "it is not Ray that answers"
 
 
 @dataclass(frozen=True)

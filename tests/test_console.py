@@ -51,15 +51,20 @@ LATE = threading.Thread(target=late)
 """
 
 
-def run(what: str, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], str]:
-    done = subprocess.run(
-        [sys.executable, "-c", JOB, what],
+def process(what: str, tmp_path: Path, code: str = JOB) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, what],
         capture_output=True,
         text=True,
         check=False,
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(tmp_path)},
     )
+
+
+def run(what: str, tmp_path: Path, code: str = JOB) -> tuple[subprocess.CompletedProcess[str], str]:
+    """The job's process and its log."""
+    done = process(what, tmp_path, code)
     (log,) = tmp_path.glob("qure-*/logs/train-*.log")
     return done, log.read_text()
 
@@ -86,18 +91,10 @@ def test_nothing_of_ray_is_shown_after_the_end(tmp_path: Path) -> None:
     code = JOB.replace("def work(what):", "def work(what):\n    LATE.start()").replace(
         "from qure_core.errors", LATE + "from qure_core.errors"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "well"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-    )
+    done, log = run("well", tmp_path, code)
     assert done.returncode == 0
     assert "of a worker, late" not in done.stdout + done.stderr
-    (log,) = tmp_path.glob("qure-*/logs/train-*.log")
-    assert "of a worker, late" in log.read_text()
+    assert "of a worker, late" in log
 
 
 @pytest.mark.parametrize(
@@ -154,14 +151,7 @@ def test_progress_takes_the_place_of_progress_on_a_terminal() -> None:
 
 def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
     (tmp_path / f"qure-{os.getuid()}").write_text("in the way")
-    done = subprocess.run(
-        [sys.executable, "-c", JOB, "well"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-    )
+    done = process("well", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "[train] epoch 1/2" in done.stdout
 

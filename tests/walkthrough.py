@@ -44,7 +44,6 @@ class Walk:
         self.home = home
         self.failed: list[str] = []
         self.kept: dict[Path, bytes] = {}
-        self.last = ""
         self.started = time.monotonic()
 
     def keep(self, *names: str) -> None:
@@ -101,7 +100,6 @@ class Walk:
         seconds: float,
         long: bool = False,
     ) -> None:
-        self.last = output
         took = time.monotonic() - began
         faults = [] if found == status else [f"status {found}, expected {status}"]
         faults += [f"does not say {text!r}" for text in says if text not in output]

@@ -76,8 +76,7 @@ def build_store(
     another process fills the same store this one raises `BusyError`, or waits for it.
     """
     uri = key.uri(settings.feature_store.dir)
-    if not storage.is_committed(uri):
-        storage.adopt(uri, FEATURES_KIND)  # its files are named by their bytes: nobody else's are
+    storage.adopt(uri, FEATURES_KIND)  # its files are named by their bytes: nobody else's are
     storage.check_place(uri, FEATURES_KIND, "feature_store.dir")
     with _writing(uri), hold(uri, "embedding", wait=wait) as lease:
         if not storage.is_committed(uri):

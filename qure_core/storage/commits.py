@@ -41,6 +41,7 @@ from qure_core.storage.kinds import (
     begin,
     check_place,
     clear,
+    discard,
     listing,
     manifest_uri,
     own_files,
@@ -63,21 +64,17 @@ def committed_directory(uri: str, kind: Kind) -> Iterator[tuple[Path, dict[str, 
     if is_local(uri):
         # A directory that is a link is replaced where it lies.
         uri = os.path.realpath(filesystem(uri)[1])
-        if left := set(listing(uri)) - own_files(uri, kind, listing(uri)):
+        names = listing(uri)
+        if left := set(names) - own_files(uri, kind, names):
             raise InputError(f"{uri} holds {min(left)}, which would be lost; move it away")
     with _staging(uri) as staging:
         description: dict[str, Any] = {}
         yield staging, description
-        names = sorted(
-            str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file()
-        )
-        names = [name for name in names if name != STAGING_OWNER]
+        made = sorted(file for file in staging.rglob("*") if file.is_file())
         files = {
-            name: {
-                "bytes": (staging / name).stat().st_size,
-                "sha256": file_digest(staging / name),
-            }
-            for name in names
+            name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+            for file in made
+            if (name := str(file.relative_to(staging))) != STAGING_OWNER
         }
         manifest = {"kind": kind.name, **description, "files": files}
         clear(uri, kind)
@@ -89,8 +86,8 @@ def committed_directory(uri: str, kind: Kind) -> Iterator[tuple[Path, dict[str, 
             remove_file(join(uri, STAGING_OWNER))  # until here it says whose staging this is
         else:
             # A kill from here on leaves files that are known as ours by the plan.
-            begin(uri, kind, {"files": names})
-            for name in names:
+            begin(uri, kind, {"files": list(files)})
+            for name in files:
                 fs.put_file(str(staging / name), join(path, name))
             write_json(join(uri, kind.manifest), manifest)
             remove_file(join(uri, PLAN))
@@ -175,7 +172,7 @@ def resume(uri: str, kind: Kind, plan: dict[str, Any]) -> set[str]:
             remove_file(place)
         remove_file(join(uri, OLD_PLAN))
         return set(list_names(uri))
-    clear(uri, kind)
+    discard(uri, kind)
     begin(uri, kind, plan)
     return set()
 

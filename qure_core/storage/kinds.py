@@ -118,9 +118,6 @@ def own_files(uri: str, kind: Kind, names: Iterable[str]) -> set[str]:
 
 def strangers(uri: str, kind: Kind) -> list[str]:
     """Files below ``uri`` that are not ours, as relative paths; none if it does not exist."""
-    fs, path = filesystem(uri)
-    if fs.isfile(path):
-        return [uri.rsplit("/", 1)[-1]]
     names = listing(uri)
     own = own_files(uri, kind, names)
     return sorted(name for name in names if name not in own and not _BESIDE.fullmatch(name))
@@ -167,10 +164,11 @@ def adopt(uri: str, kind: Kind) -> None:
     """Mark an unfinished ``kind`` that was begun before such directories had a mark.
 
     For places below a directory of ours alone: whose every file is named as the kind's files are.
+    Nothing happens to one that has a mark.
     """
     names = listing(uri)
     fit = all(re.fullmatch(kind.files, n) or _BESIDE.fullmatch(n) for n in names)
-    if names and fit:
+    if names and fit and not own_files(uri, kind, names):
         begin(uri, kind, {"files": sorted(names)})
 
 

@@ -80,8 +80,7 @@ def claim_run(run_dir: str) -> None:
         )
     storage.check_writable(run_dir, "run.dir")
     for uri, kind in _unfinished(run_dir) if found else ():
-        if storage.strangers(uri, kind):
-            storage.adopt(uri, kind)  # what the older version left unfinished had no mark
+        storage.adopt(uri, kind)  # what the older version left unfinished had no mark
     storage.write_json(storage.join(run_dir, MARK), {"kind": RUN_KIND})
 
 

@@ -146,10 +146,10 @@ def begin(settings: Settings) -> None:
         print(f"[run] {run_dir} had not trained yet and begins again", flush=True)
 
 
-def _kept_split(settings: Settings, uri: str, split: Split) -> Split:
-    """``split``, checked against what the run keeps of it."""
+def _kept_split(settings: Settings, uri: str, split: Split, learned: bool) -> Split:
+    """``split``, checked against what the run, which has ``learned`` from it, keeps of it."""
     kept = read_split(uri) if storage.is_committed(uri) else None
-    if kept and _has_learned(settings.run.dir):
+    if kept and learned:
         if is_older_split(uri) and kept.triplets == split.triplets and holds(kept, split):
             print(
                 f"[prepare] this run was begun when images of other splits were part of the "
@@ -183,16 +183,17 @@ def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tup
     data = settings.data
     if data.format == "world" and make_world(data.root, data.world):
         print(f"[prepare] drew {data.world.images:,} images in {data.root}", flush=True)
-    folder = storage.join(settings.run.dir, "data")
-    train = _kept_split(settings, storage.join(folder, "train"), load_split(data, "train"))
-    val = None
-    if has_split(data, "val"):
-        val = _kept_split(settings, storage.join(folder, "val"), load_split(data, "val"))
+    folder, learned = storage.join(settings.run.dir, "data"), _has_learned(settings.run.dir)
+
+    def kept(name: str) -> Split:
+        return _kept_split(settings, storage.join(folder, name), load_split(data, name), learned)
+
+    train = kept("train")
+    val = kept("val") if has_split(data, "val") else None
     corpora = mining_galleries(data, train)
     check_corpora(train, corpora)
     storage.write_json(storage.join(folder, "corpora.json"), corpora)
     captions, described = storage.join(folder, "captions.json"), load_descriptions(data, train)
-    learned = _has_learned(settings.run.dir)
     if not storage.exists(captions) or not learned:  # a run keeps those that it began with
         if storage.exists(captions) and storage.read_json(captions) != described:
             _forget_first_weights(settings.run.dir)

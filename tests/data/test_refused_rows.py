@@ -141,18 +141,23 @@ def test_the_target_is_relevant_without_being_named(tmp_path: Path) -> None:
     assert [t.relevant_ids for t in split.triplets] == [("b", "c", "d"), ("c", "b")]
 
 
+def cirr(root: Path, split: str, caption: dict[str, Any]) -> None:
+    """A CIRR split of one row and two images."""
+    for name, value in (
+        (f"captions/cap.rc2.{split}.json", [caption]),
+        (f"image_splits/split.rc2.{split}.json", {name: f"./{split}/{name}.png" for name in "ab"}),
+    ):
+        (root / "cirr" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "cirr" / name).write_text(json.dumps(value))
+    (root / split).mkdir()
+    for name in "ab":
+        Image.new("RGB", (4, 4)).save(root / f"{split}/{name}.png")
+
+
 @pytest.mark.parametrize("members", [None, 7, "abc", ["a", 1]])
 def test_cirr_members_that_are_no_list_are_a_problem(tmp_path: Path, members: Any) -> None:
     caption = {"pairid": 1, "reference": "a", "caption": "x", "target_hard": "b"}
-    for name, value in (
-        ("captions/cap.rc2.val.json", [caption | {"img_set": {"members": members}}]),
-        ("image_splits/split.rc2.val.json", {name: f"./dev/{name}.png" for name in "ab"}),
-    ):
-        (tmp_path / "cirr" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cirr" / name).write_text(json.dumps(value))
-    (tmp_path / "dev").mkdir()
-    for name in "ab":
-        Image.new("RGB", (4, 4)).save(tmp_path / f"dev/{name}.png")
+    cirr(tmp_path, "val", caption | {"img_set": {"members": members}})
     (problem,) = read_cirr(str(tmp_path), "val")[1]
     assert "cap.rc2.val.json [0]: img_set.members is not a list of image names" in str(problem)
 
@@ -162,15 +167,7 @@ def test_a_split_without_targets_is_not_measured(tmp_path: Path) -> None:
     from qure_core.evaluation.run_protocol import _load
 
     caption = {"pairid": 1, "reference": "a", "caption": "x", "img_set": {"members": ["a", "b"]}}
-    for name, value in (
-        ("captions/cap.rc2.test1.json", [caption]),
-        ("image_splits/split.rc2.test1.json", {name: f"./test1/{name}.png" for name in "ab"}),
-    ):
-        (tmp_path / "cirr" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cirr" / name).write_text(json.dumps(value))
-    (tmp_path / "test1").mkdir()
-    for name in "ab":
-        Image.new("RGB", (4, 4)).save(tmp_path / f"test1/{name}.png")
+    cirr(tmp_path, "test1", caption)
     settings = Settings(data={"format": "cirr", "root": str(tmp_path)})
     with pytest.raises(InputError, match=r"'test1' split of .* has no targets to measure by"):
         _load(settings, "own", "test1")
