@@ -31,11 +31,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qure_core.command import EXIT_INTERRUPTED, run_main
-from qure_core.console import Console
-from qure_core.errors import InputError
-from qure_core.network import free_port
-from qure_core.ray_start import (
+from qure_core.base.errors import InputError
+from qure_core.runtime.command import EXIT_INTERRUPTED, run_main
+from qure_core.runtime.console import Console
+from qure_core.runtime.network import free_port
+from qure_core.runtime.ray_start import (
     check_room,
     clean_up,
     record_session,

@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qure_core.command import run_main
-from qure_core.config import load_settings
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
+from qure_core.runtime.command import run_main
+from qure_core.runtime.settings import load_settings
 
 HERE = Path(__file__).parent
 MANIFESTS = ("networkpolicy", "raycluster", "rayjob", "mining-cronjob")

@@ -15,20 +15,21 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from qure_core import storage
-from qure_core.command import run_job
-from qure_core.config import Settings, load_settings
-from qure_core.errors import InputError, raise_problems
+from qure_core.base.config import Settings
+from qure_core.base.errors import InputError, raise_problems
+from qure_core.runtime.command import run_job
+from qure_core.runtime.settings import load_settings
 
 if TYPE_CHECKING:
-    from qure_core.features.build import EncoderSource
+    from qure_core.embeddings.feature_building import EncoderSource
     from qure_core.features.identity import FeatureKey
 
 
 def choose_encoder(settings: Settings, checkpoint: str | None) -> tuple[EncoderSource, FeatureKey]:
     """The encoder asked for: a checkpoint's, the run's, or that of the pretrained weights."""
-    from qure_core.features.build import EncoderSource
+    from qure_core.embeddings.feature_building import EncoderSource
     from qure_core.features.identity import FeatureKey, feature_key
-    from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
+    from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch
 
     precision = settings.model.vision_precision
     if checkpoint is None and latest_epoch(settings.run.dir, "train") is not None:
@@ -89,10 +90,10 @@ def read() -> tuple[Settings, argparse.Namespace]:
 
 def work(arguments: tuple[Settings, argparse.Namespace]) -> None:
     from qure_core.data.sources import read_source
-    from qure_core.features.build import build_store, prune_store
-    from qure_core.lease import hold
-    from qure_core.monitor import monitored
-    from qure_core.resources import connect, plan_resources
+    from qure_core.embeddings.feature_building import build_store, prune_store
+    from qure_core.runtime.monitor import monitored
+    from qure_core.runtime.resources import connect, plan_resources
+    from qure_core.storage.lease import hold
 
     settings, chosen = arguments
     images: dict[str, str] = {}

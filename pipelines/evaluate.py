@@ -17,9 +17,10 @@ import sys
 from typing import Any
 
 from qure_core import storage
-from qure_core.command import run_job
-from qure_core.config import Settings, load_settings
-from qure_core.errors import InputError
+from qure_core.base.config import Settings
+from qure_core.base.errors import InputError
+from qure_core.runtime.command import run_job
+from qure_core.runtime.settings import load_settings
 
 PROTOCOLS = ("own", "fashioniq", "cirr", "cirr-test", "circo", "circo-test", "hp-fashioniq")
 RESULT = ("protocol", "checkpoint", "data", "result", "uri")
@@ -101,7 +102,7 @@ def read() -> tuple[Settings, argparse.Namespace]:
 
 def work(arguments: tuple[Settings, argparse.Namespace]) -> None:
     from qure_core.evaluation.run_protocol import evaluate_protocol
-    from qure_core.resources import connect, plan_resources
+    from qure_core.runtime.resources import connect, plan_resources
 
     settings, chosen = arguments
     connect()

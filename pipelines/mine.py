@@ -15,14 +15,15 @@ import argparse
 import sys
 
 from qure_core import storage
-from qure_core.command import run_job, run_main
-from qure_core.config import Settings, load_settings
-from qure_core.errors import InputError
+from qure_core.base.config import Settings
+from qure_core.base.errors import InputError
+from qure_core.runtime.command import run_job, run_main
+from qure_core.runtime.settings import load_settings
 
 
 def newest_checkpoint(settings: Settings) -> str:
     """The newest checkpoint of the run."""
-    from qure_core.training.checkpoints import checkpoint_uri, latest_epoch
+    from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch
 
     epoch = latest_epoch(settings.run.dir, "train")
     if epoch is None:
@@ -49,7 +50,9 @@ def read() -> tuple[Settings, argparse.Namespace]:
 
 def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
     from qure_core.data import load_split, mining_galleries
-    from qure_core.embedding_shards import CHECKPOINT_KIND
+    from qure_core.job.layout import round_uri
+    from qure_core.job.place import claim_run
+    from qure_core.job.run import check_settings
     from qure_core.mining.mined_set import MINED_KIND
     from qure_core.mining.stage import (
         check_round_place,
@@ -58,11 +61,9 @@ def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
         round_facts,
         round_table,
     )
-    from qure_core.monitor import monitored
-    from qure_core.resources import connect, plan_resources
-    from qure_core.training.layout import round_uri
-    from qure_core.training.place import claim_run
-    from qure_core.training.run import check_settings
+    from qure_core.model.checkpoint_files import CHECKPOINT_KIND
+    from qure_core.runtime.monitor import monitored
+    from qure_core.runtime.resources import connect, plan_resources
 
     settings, chosen = arguments
     checkpoint = (

@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from qure_core.command import EXIT_PROBLEMS, run_job
-from qure_core.config import Settings, load_settings
-from qure_core.errors import InputError
+from qure_core.base.config import Settings
+from qure_core.base.errors import InputError
+from qure_core.runtime.command import EXIT_PROBLEMS, run_job
+from qure_core.runtime.settings import load_settings
 
 
 def world(settings: Settings) -> int:
     from qure_core.data.world import make_world
-    from qure_core.resources import connect
+    from qure_core.runtime.resources import connect
 
     connect()
     drawn = make_world(settings.data.root, settings.data.world)
@@ -27,7 +28,7 @@ def world(settings: Settings) -> int:
 def validate(settings: Settings, asked: str | None) -> int:
     from qure_core.data.sources import has_split
     from qure_core.data.validate import validate_dataset
-    from qure_core.resources import connect
+    from qure_core.runtime.resources import connect
 
     splits = asked.split(",") if asked else ["train"]
     if not asked and has_split(settings.data, "val"):

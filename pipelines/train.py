@@ -12,8 +12,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from qure_core.command import run_job
-from qure_core.config import Settings, load_settings
+from qure_core.base.config import Settings
+from qure_core.runtime.command import run_job
+from qure_core.runtime.settings import load_settings
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 # Rates for weights that were pretrained on a hundred million pairs teach a small random model
@@ -51,7 +52,7 @@ def warn(settings: Settings) -> None:
 def work(settings: Settings) -> None:
     warn(settings)
     # Here, because importing them takes seconds that a wrong setting should not cost.
-    from qure_core.training.run import run, summary_table
+    from qure_core.job.run import run, summary_table
 
     summary = run(settings)
     if summary["evaluations"]:

@@ -42,7 +42,7 @@ def local_ray() -> Iterator[str]:
     """This process's own Ray, by its address."""
     import ray
 
-    from qure_core.resources import connect
+    from qure_core.runtime.resources import connect
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
     connect()
@@ -59,7 +59,7 @@ def standing_cluster(local_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, local_ray: str) -> Path:
     """A drawn world of 120 images, 60 train and 24 val triplets."""
-    from qure_core.config import WorldSettings
+    from qure_core.base.config import WorldSettings
     from qure_core.data.world import make_world
 
     root = tmp_path_factory.mktemp("world") / "data"

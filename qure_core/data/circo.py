@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 from qure_core import storage
+from qure_core.base.errors import Problem
 from qure_core.data.layout import ImageFolder, check_row, read_rows, relevant_of
 from qure_core.data.schema import Split, Triplet
 from qure_core.data.text import circo_prompt
-from qure_core.errors import Problem
 
 CATEGORY = "circo"
 

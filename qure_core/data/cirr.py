@@ -7,9 +7,9 @@ path relative to the root), images under ``train/{0..99}/``, ``dev/`` and ``test
 from __future__ import annotations
 
 from qure_core import storage
+from qure_core.base.errors import Problem
 from qure_core.data.layout import ImageFolder, check_row, names_of, read_rows, safe_relative
 from qure_core.data.schema import Split, Triplet
-from qure_core.errors import Problem
 
 CATEGORY = "cirr"
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from qure_core import storage
+from qure_core.base.errors import InputError, Problem
 from qure_core.data.layout import ImageFolder, check_row, read_rows, relevant_of
 from qure_core.data.schema import Split, Triplet
 from qure_core.data.text import join_fashioniq
-from qure_core.errors import InputError, Problem
 
 
 def find_categories(root: str, split: str) -> list[str]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray.data
 
 from qure_core import storage
-from qure_core.progress import Progress
+from qure_core.runtime.progress import Progress
 
 _BATCH = 512
 _FEW = 4096  # files that are read sooner from here than tasks of Ray start

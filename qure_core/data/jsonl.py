@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qure_core import storage
+from qure_core.base.errors import InputError, Problem
 from qure_core.data.layout import ImageFolder, check_row, relevant_of
 from qure_core.data.schema import Split, Triplet
-from qure_core.errors import InputError, Problem
 
 DEFAULT_CATEGORY = "all"
 _KEYS = {"reference", "text", "target", "split", "category", "query_id", "relevant"}

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qure_core import storage
-from qure_core.errors import InputError, Problem
+from qure_core.base.errors import InputError, Problem
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qure_core import storage
-from qure_core.parquet import read_committed_parquet
+from qure_core.storage.parquet import read_committed_parquet
 
 _VERSION = 2  # from 2 on a training gallery is without the images that only other splits name
 SPLIT_KIND = storage.Kind("dataset split", r"(triplets|images|galleries)\.parquet")

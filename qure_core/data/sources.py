@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from qure_core import storage
-from qure_core.config import DataSettings
+from qure_core.base.config import DataSettings
+from qure_core.base.errors import InputError, Problem, raise_problems
 from qure_core.data.circo import read_circo
 from qure_core.data.cirr import read_cirr
 from qure_core.data.fashioniq import find_categories, read_fashioniq
 from qure_core.data.jsonl import has_rows, read_jsonl
 from qure_core.data.schema import Split
-from qure_core.errors import InputError, Problem, raise_problems
 
 
 def read_source(data: DataSettings, split: str) -> tuple[Split, list[Problem]]:

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from qure_core.config import DataSettings
+from qure_core.base.config import DataSettings
+from qure_core.base.errors import InputError, Problem
 from qure_core.data.images import load_image
 from qure_core.data.schema import Split
 from qure_core.data.sources import read_source
-from qure_core.errors import InputError, Problem
-from qure_core.progress import Progress
+from qure_core.runtime.progress import Progress
 
 _BATCH = 256
 

@@ -22,9 +22,9 @@ import ray.data
 from PIL import Image, ImageDraw
 
 from qure_core import storage
-from qure_core.config import WorldSettings
-from qure_core.errors import InputError
-from qure_core.seeds import generator
+from qure_core.base.config import WorldSettings
+from qure_core.base.errors import InputError
+from qure_core.base.seeds import generator
 
 RENDER_BATCH = 250
 

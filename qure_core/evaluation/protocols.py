@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
 from qure_core.evaluation.metrics import recall_at
 from qure_core.storage import compact_json
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from qure_core import storage
-from qure_core.config import Settings
+from qure_core.base.config import Settings
+from qure_core.base.errors import InputError, Problem, raise_problems
 from qure_core.data.circo import read_circo
 from qure_core.data.cirr import read_cirr
 from qure_core.data.fashioniq import read_fashioniq
@@ -24,9 +25,8 @@ from qure_core.data.hashing import image_digests
 from qure_core.data.layout import ImageFolder
 from qure_core.data.schema import Split, Triplet
 from qure_core.data.sources import has_split, load_split
-from qure_core.embedding import EmbedJob, embed_splits
-from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards, checkpoint_digest
-from qure_core.errors import InputError, Problem, raise_problems
+from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
+from qure_core.embeddings.stage import EmbedJob, embed_splits
 from qure_core.evaluation.metrics import fashioniq_summary
 from qure_core.evaluation.protocols import (
     JudgedPair,
@@ -41,8 +41,9 @@ from qure_core.evaluation.protocols import (
 )
 from qure_core.evaluation.published import known_dataset
 from qure_core.evaluation.stage import galleries_of, rank_queries, read_rows, summarise
-from qure_core.relevance import refuse_bad_scores
-from qure_core.resources import Plan
+from qure_core.model.checkpoint_files import checkpoint_digest
+from qure_core.model.relevance import refuse_bad_scores
+from qure_core.runtime.resources import Plan
 
 RESULT_KIND = storage.Kind("protocol result", r"(recall|recall_subset|submission)\.json")
 _RANKINGS_KIND = storage.Kind("unfinished ranking", r"part-\d{5}\.parquet")

@@ -10,15 +10,16 @@ import pyarrow as pa
 import torch
 
 from qure_core import storage
-from qure_core.config import Settings
+from qure_core.base.config import Settings
 from qure_core.data.schema import Split
-from qure_core.embedding import EmbedJob, embed_splits
-from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards, checkpoint_digest
+from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
+from qure_core.embeddings.stage import EmbedJob, embed_splits
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
-from qure_core.parquet import read_committed_parquet, read_parquet, write_parquet
-from qure_core.relevance import refuse_bad_scores
-from qure_core.resources import Plan
-from qure_core.scoring import QueryBlock, make_blocks, map_blocks, score_block
+from qure_core.model.checkpoint_files import checkpoint_digest
+from qure_core.model.relevance import refuse_bad_scores
+from qure_core.ranking.blocks import QueryBlock, make_blocks, map_blocks, score_block
+from qure_core.runtime.resources import Plan
+from qure_core.storage.parquet import read_committed_parquet, read_parquet, write_parquet
 
 EVALUATION_KIND = storage.Kind("evaluation", r"part-\d{5}\.parquet")
 

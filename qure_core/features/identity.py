@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from qure_core import storage
+from qure_core.base.errors import InputError
 from qure_core.data.images import normalise, preprocess_to_bytes
-from qure_core.embedding_shards import CHECKPOINT_KIND
-from qure_core.errors import InputError
+from qure_core.model.checkpoint_files import CHECKPOINT_KIND
 
 
 @dataclass(frozen=True)

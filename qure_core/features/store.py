@@ -28,9 +28,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from qure_core import storage
-from qure_core.arrow_files import read_arrow
-from qure_core.errors import InputError
-from qure_core.parquet import read_committed_parquet
+from qure_core.base.errors import InputError
+from qure_core.storage.arrow import read_arrow
+from qure_core.storage.parquet import read_committed_parquet
 
 FEATURES_KIND = storage.Kind(
     "feature store",

@@ -1,8 +1,13 @@
 """Hard negatives between two steep drops of each query's sorted relevance scores."""
 
-from qure_core.mining.mined_set import MinedSet, read_mined_set
-from qure_core.mining.rule import STATUSES, DropRule
-from qure_core.mining.steep_drops import SteepDrops, steep_drop_negatives
+from typing import TYPE_CHECKING
+
+from qure_core.base.lazy import lazy
+
+if TYPE_CHECKING:
+    from qure_core.mining.mined_set import MinedSet, read_mined_set
+    from qure_core.mining.rules.drop_rule import STATUSES, DropRule
+    from qure_core.mining.rules.steep_drops import SteepDrops, steep_drop_negatives
 
 __all__ = [
     "STATUSES",
@@ -12,3 +17,14 @@ __all__ = [
     "read_mined_set",
     "steep_drop_negatives",
 ]
+__getattr__ = lazy(
+    __name__,
+    {
+        "STATUSES": "rules.drop_rule",
+        "DropRule": "rules.drop_rule",
+        "MinedSet": "mined_set",
+        "SteepDrops": "rules.steep_drops",
+        "read_mined_set": "mined_set",
+        "steep_drop_negatives": "rules.steep_drops",
+    },
+)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qure_core import storage
-from qure_core.parquet import read_committed_parquet
+from qure_core.storage.parquet import read_committed_parquet
 
 # The names beside the parts begin with an underscore, which readers of Parquet directories skip.
 MINED_KIND = storage.Kind("mined set", r"part-\d{5}\.parquet", "_manifest.json")

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from qure_core import storage
-from qure_core.mining.rule import STATUSES
+from qure_core.base.seeds import derive
+from qure_core.mining.rules.drop_rule import STATUSES
 from qure_core.mining.tasks import RoundTask, fp32_rows, part_name
-from qure_core.parquet import read_parquet
-from qure_core.resources import Plan
-from qure_core.scoring import QueryBlock, map_blocks
-from qure_core.seeds import derive
+from qure_core.ranking.blocks import QueryBlock, map_blocks
+from qure_core.runtime.resources import Plan
+from qure_core.storage.parquet import read_parquet
 
 SAMPLED = 256
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qure_core.seeds import derive
+from qure_core.base.seeds import derive
 
 HIGHEST = torch.iinfo(torch.int32).max
 """Priorities are uniform over 0 .. HIGHEST; equal ones are in the order of their places."""

@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 
 from qure_core import storage
-from qure_core.config import Settings
+from qure_core.base.config import Settings
+from qure_core.base.errors import InputError
 from qure_core.data.schema import Split, Triplet
-from qure_core.embedding import EmbedJob, embed_splits
-from qure_core.embedding_shards import EMBEDDINGS_KIND, checkpoint_digest
-from qure_core.errors import InputError
-from qure_core.lease import Lease, hold
+from qure_core.embeddings.shards import EMBEDDINGS_KIND
+from qure_core.embeddings.stage import EmbedJob, embed_splits
 from qure_core.mining.mined_set import MINED_KIND, SCHEMA_VERSION
 from qure_core.mining.precision import precision_check
-from qure_core.mining.rule import STATUSES, DropRule
+from qure_core.mining.rules.drop_rule import STATUSES, DropRule
 from qure_core.mining.tasks import (
     CHUNK_COLUMNS,
     MERGED_AT_ONCE,
@@ -42,8 +41,10 @@ from qure_core.mining.tasks import (
     write_anchors,
     write_summary,
 )
-from qure_core.resources import Plan
-from qure_core.scoring import BYTES_PER_SCORE, QueryBlock, make_blocks, map_blocks
+from qure_core.model.checkpoint_files import checkpoint_digest
+from qure_core.ranking.blocks import BYTES_PER_SCORE, QueryBlock, make_blocks, map_blocks
+from qure_core.runtime.resources import Plan
+from qure_core.storage.lease import Lease, hold
 
 SCRATCH_KIND = storage.Kind("mining scratch", r"(anchors-\d{5}|summary-\d{5}-\d+-\d{5})\.npz")
 ROUNDS = "rounds"  # the folder of a run's mined sets

@@ -18,11 +18,8 @@ import torch
 from torch import Tensor
 
 from qure_core import storage
-from qure_core.embedding_shards import EmbeddingShards
-from qure_core.mining.mined_set import MINED_SCHEMA
-from qure_core.mining.rule import STATUSES, DropRule
-from qure_core.mining.sampling import image_words, query_words, threshold_for
-from qure_core.mining.sketch import (
+from qure_core.embeddings.shards import EmbeddingShards
+from qure_core.mining.engines.sketch import (
     BUCKETS,
     ENDS,
     Anchors,
@@ -31,19 +28,15 @@ from qure_core.mining.sketch import (
     tensors_from_bytes,
     tensors_to_bytes,
 )
-from qure_core.mining.steep_drops import steep_drop_negatives
-from qure_core.mining.streaming import settle_all, summarise_chunks
-from qure_core.mining.table import MinedRow, rows_of, to_table
-from qure_core.parquet import read_parquet_parts, write_parquet_parts
-from qure_core.scoring import (
-    IMAGE_TILE,
-    QUERY_TILE,
-    QueryBlock,
-    Scorer,
-    query_embeddings,
-    score_block,
-    score_chunks,
-)
+from qure_core.mining.engines.streaming import settle_all, summarise_chunks
+from qure_core.mining.mined_set import MINED_SCHEMA
+from qure_core.mining.rows import MinedRow, rows_of, to_table
+from qure_core.mining.rules.drop_rule import STATUSES, DropRule
+from qure_core.mining.rules.steep_drops import steep_drop_negatives
+from qure_core.mining.sampling import image_words, query_words, threshold_for
+from qure_core.ranking.blocks import QueryBlock, score_block
+from qure_core.ranking.tiles import IMAGE_TILE, QUERY_TILE, Scorer, query_embeddings, score_chunks
+from qure_core.storage.parquet import read_parquet_parts, write_parquet_parts
 
 # Sorting a row keeps its scores, keys, drops and masks: about this many bytes a score. A negative
 # costs so much while a table is made of it.

@@ -1,10 +1,15 @@
 """The QuRe model: a frozen vision encoder and BLIP-2's Q-Former as a composed query encoder."""
 
-from qure_core.model.configuration import PRESETS, QuReConfig, preset
-from qure_core.model.lavis import load_lavis_checkpoint
-from qure_core.model.modeling import QuReModel, encode_frozen
-from qure_core.model.pretrained import build_model, load_model
-from qure_core.model.processing import QuReProcessor, learn_tokenizer
+from typing import TYPE_CHECKING
+
+from qure_core.base.lazy import lazy
+
+if TYPE_CHECKING:
+    from qure_core.model.configuration import PRESETS, QuReConfig, preset
+    from qure_core.model.lavis import load_lavis_checkpoint
+    from qure_core.model.modeling import QuReModel, encode_frozen
+    from qure_core.model.pretrained import build_model, load_model
+    from qure_core.model.processing import QuReProcessor, learn_tokenizer
 
 __all__ = [
     "PRESETS",
@@ -18,3 +23,18 @@ __all__ = [
     "load_model",
     "preset",
 ]
+__getattr__ = lazy(
+    __name__,
+    {
+        "PRESETS": "configuration",
+        "QuReConfig": "configuration",
+        "QuReModel": "modeling",
+        "QuReProcessor": "processing",
+        "build_model": "pretrained",
+        "encode_frozen": "modeling",
+        "learn_tokenizer": "processing",
+        "load_lavis_checkpoint": "lavis",
+        "load_model": "pretrained",
+        "preset": "configuration",
+    },
+)

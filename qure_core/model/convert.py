@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 
 from qure_core import storage
-from qure_core.command import run_main
-from qure_core.embedding_shards import CHECKPOINT_KIND
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
+from qure_core.model.checkpoint_files import CHECKPOINT_KIND
+from qure_core.model.checkpoints import save_checkpoint
 from qure_core.model.lavis import load_lavis_checkpoint
 from qure_core.model.modeling import check_finite
 from qure_core.model.pretrained import (
@@ -24,7 +24,7 @@ from qure_core.model.pretrained import (
     load_tokenizer,
 )
 from qure_core.model.processing import QuReProcessor
-from qure_core.training.checkpoints import save_checkpoint
+from qure_core.runtime.command import run_main
 
 
 def check_target(target: str, source: str) -> None:

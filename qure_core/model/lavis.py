@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
 from qure_core.model.configuration import QuReConfig
 from qure_core.model.modeling import QuReModel, check_finite
 

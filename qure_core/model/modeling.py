@@ -17,11 +17,11 @@ from transformers import Blip2QFormerModel, Blip2VisionModel, CLIPVisionModel, P
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from qure_core import storage
-from qure_core.embedding_shards import OPTIMIZER_FILE
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
+from qure_core.model.checkpoint_files import OPTIMIZER_FILE
 from qure_core.model.configuration import QuReConfig
 from qure_core.model.qformer import qformer_hidden_states
-from qure_core.relevance import relevance_scores
+from qure_core.model.relevance import relevance_scores
 
 ENCODER_BATCH = 16
 """Images the frozen encoder takes at once, always: products of one shape give the same bits for an

@@ -17,8 +17,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from qure_core import storage
-from qure_core.embedding_shards import OPTIMIZER_FILE
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
+from qure_core.model.checkpoint_files import OPTIMIZER_FILE
 from qure_core.model.configuration import QuReConfig, preset
 from qure_core.model.lavis import load_converted
 from qure_core.model.modeling import QuReModel, check_finite

@@ -15,9 +15,9 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
+from qure_core.base.errors import InputError
 from qure_core.data.images import normalise, preprocess_to_bytes
 from qure_core.data.text import clean_text
-from qure_core.errors import InputError
 
 PROCESSOR_FILE = "qure_processor.json"
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

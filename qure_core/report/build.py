@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,14 +10,13 @@ import jinja2
 import numpy as np
 
 from qure_core import storage
-from qure_core.config import Settings
+from qure_core.base.config import Settings
+from qure_core.base.seeds import generator
 from qure_core.data.images import load_image
 from qure_core.data.schema import Split, Triplet
 from qure_core.evaluation.stage import read_rankings
 from qure_core.mining.mined_set import MinedSet, read_mined_set
 from qure_core.report.figures import loss_curve, recall_curve, score_curve, thumbnail
-from qure_core.seeds import generator
-from qure_core.training.layout import committed, evaluation_uri, round_uri
 from qure_core.training.schedule import mining_epochs
 
 TOP = 10
@@ -32,14 +30,22 @@ def example_queries(split: Split, count: int, seed: int) -> list[Triplet]:
     return [split.triplets[i] for i in sorted(chosen)]
 
 
-def build_report(settings: Settings, train: Split, val: Split | None) -> str:
-    """Write report/index.html, one file with everything inside; return its URI."""
+def build_report(
+    settings: Settings,
+    train: Split,
+    val: Split | None,
+    evaluations: Sequence[dict[str, Any]],
+    rounds: Sequence[dict[str, Any]],
+    lines: Sequence[dict[str, Any]],
+) -> str:
+    """Write report/index.html, one file with everything inside; return its URI.
+
+    ``evaluations`` and ``rounds`` are manifests with their "epoch" and "uri", by epoch; ``lines``
+    those of the run's metrics.
+    """
     run_dir = settings.run.dir
-    evaluations = committed(run_dir, "evaluations")
-    rounds = committed(run_dir, "rounds")
-    lines = [json.loads(x) for x in storage.read_bytes(f"{run_dir}/metrics.jsonl").splitlines()]
     minings = [row["epoch"] for row in rounds]
-    mined = {epoch: read_mined_set(round_uri(run_dir, epoch)) for epoch in minings}
+    mined = {row["epoch"]: read_mined_set(row["uri"]) for row in rounds}
     show_train = _shower(train, settings.data.max_image_pixels)
     last = mined[minings[-1]] if minings else None
     schedule = mining_epochs(settings.train)
@@ -93,7 +99,7 @@ def _category_rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _curves(
-    lines: list[dict[str, Any]], evaluations: list[dict[str, Any]], minings: list[int]
+    lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], minings: list[int]
 ) -> list[dict[str, str]]:
     epochs = {
         stage: [row for row in lines if row["kind"] == "epoch" and row["stage"] == stage]
@@ -183,15 +189,12 @@ def _mined_examples(
 def _ranked_examples(
     settings: Settings,
     val: Split,
-    evaluations: list[dict[str, Any]],
+    evaluations: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     show = _shower(val, settings.data.max_image_pixels)
     before, after = (
-        {
-            row["query_id"]: row
-            for row in read_rankings(evaluation_uri(settings.run.dir, epoch)).to_pylist()
-        }
-        for epoch in (evaluations[0]["epoch"], evaluations[-1]["epoch"])
+        {row["query_id"]: row for row in read_rankings(evaluation["uri"]).to_pylist()}
+        for evaluation in (evaluations[0], evaluations[-1])
     )
     examples = []
     for query in example_queries(val, settings.report.examples, settings.run.seed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -58,7 +59,7 @@ def loss_curve(epochs: list[dict[str, Any]], minings: list[int], label: str) -> 
     return _finish(figure)
 
 
-def recall_curve(evaluations: list[dict[str, Any]], minings: list[int]) -> str:
+def recall_curve(evaluations: Sequence[dict[str, Any]], minings: list[int]) -> str:
     """Average recalls (and R-precision where known) over the epochs evaluated."""
     figure, axes = _axes(5.2, 3.0)
     epochs = [row["epoch"] for row in evaluations]

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from qure_core import storage
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
 from qure_core.mining.mined_set import MINED_KIND, read_mined_set
 from qure_core.mining.stage import round_table
 from qure_core.report.figures import draw_score_curve

@@ -1,7 +1,8 @@
 """Files and committed directories at URIs, on a disk or an object store.
 
-`files` reads and writes single files, `commits` directories that appear whole, `kinds` says which
-of them are ours to replace, `fetch` brings remote ones here, `temporary` keeps what is short-lived.
+`files` reads and writes single files, `failures` tells what their errors mean, `commits` makes
+directories that appear whole, `kinds` says which of them are ours to replace, `fetch` brings remote
+ones here, `temporary` keeps what is short-lived.
 """
 
 from qure_core.storage.commits import (
@@ -15,6 +16,7 @@ from qure_core.storage.commits import (
     resume,
     write_manifest,
 )
+from qure_core.storage.failures import fault, is_away, is_refused
 from qure_core.storage.fetch import local_copy
 from qure_core.storage.files import (
     arrow_filesystem,
@@ -22,13 +24,10 @@ from qure_core.storage.files import (
     compact_json,
     create,
     exists,
-    fault,
     file_digest,
     file_facts,
     filesystem,
-    is_away,
     is_local,
-    is_refused,
     join,
     list_names,
     put_file,

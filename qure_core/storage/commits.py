@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
 from qure_core.storage.files import (
     file_digest,
     file_facts,

@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
 from qure_core.storage.commits import damaged, is_ours, read_manifest
 from qure_core.storage.files import exists, file_digest, filesystem, join
 from qure_core.storage.temporary import temporary_folder

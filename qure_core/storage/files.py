@@ -22,8 +22,9 @@ import pyarrow.fs
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from qure_core import object_storage
-from qure_core.errors import InputError, chain
+from qure_core.base.errors import InputError
+from qure_core.storage import s3 as object_storage
+from qure_core.storage.failures import fault
 
 # What listings call an entity tag or the time of the last change, on one store or another.
 _CHANGE_MARKS = (
@@ -31,12 +32,6 @@ _CHANGE_MARKS = (
     "created",
 )
 _S3 = ("s3://", "s3a://")
-# What a disk says that is full or forbidden, or that fails, as those of s3fs do whose cause was
-# lost on the way from another node.
-_DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-_DISK_FAILS = {
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.EBUSY, errno.EREMOTEIO),
-}
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
@@ -235,36 +230,6 @@ def check_writable(uri: str, setting: str) -> None:
             f"{setting}: cannot write to {uri} ({reason or error}); "
             f"choose a directory you may write to, e.g. --{setting} /path/to/runs/name"
         ) from None
-
-
-def fault(error: BaseException) -> str | None:
-    """What a storage's error, or the one that Ray brought from a node, says; None if not one."""
-    links = list(chain(error))
-    # What the store itself said tells more than what s3fs made of it.
-    for link in links:
-        if text := object_storage.describe(link):
-            return text
-    for link in links:
-        if isinstance(link, OSError) and (is_refused(link) or _fails(link)):
-            return f"{link.strerror}: {link.filename}" if link.filename else str(link)
-    return None
-
-
-def is_refused(error: BaseException) -> bool:
-    """Whether a storage is full or does not let this be written or read."""
-    # s3fs's PermissionError has no number.
-    return isinstance(error, PermissionError) or (
-        isinstance(error, OSError) and error.errno in _DISK_REFUSES
-    )
-
-
-def _fails(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in _DISK_FAILS
-
-
-def is_away(error: BaseException) -> bool:
-    """Whether the storage, not one of its files, is what failed."""
-    return any(object_storage.describe(link) or _fails(link) for link in chain(error))
 
 
 def remove_file(uri: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
 from qure_core.storage.files import (
     filesystem,
     join,

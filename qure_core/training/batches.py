@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qure_core.base.seeds import derive, generator
 from qure_core.data.images import load_image
 from qure_core.data.schema import Triplet
 from qure_core.model import QuReProcessor
-from qure_core.seeds import derive, generator
 
 
 def random_negative(triplet: Triplet, corpus: Sequence[str], seed: int, epoch: int) -> str:

@@ -19,15 +19,17 @@ import torch
 from torch import nn
 
 from qure_core import storage
-from qure_core.config import Settings
+from qure_core.base.config import Settings
+from qure_core.base.errors import InputError
 from qure_core.data import read_split
 from qure_core.data.schema import Triplet
-from qure_core.errors import InputError
 from qure_core.features.store import StoredFeatures
 from qure_core.mining.mined_set import read_mined_set
 from qure_core.model import QuReModel, QuReProcessor, load_model
+from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch, prune_checkpoints
+from qure_core.model.checkpoints import load_optimizer, save_checkpoint
 from qure_core.model.modeling import check_finite
-from qure_core.progress import format_seconds
+from qure_core.runtime.progress import format_seconds
 from qure_core.training.batches import (
     Batch,
     ImageLoader,
@@ -37,13 +39,6 @@ from qure_core.training.batches import (
     random_negative,
     step_seed,
     triplet_batches,
-)
-from qure_core.training.checkpoints import (
-    checkpoint_uri,
-    latest_epoch,
-    load_optimizer,
-    prune_checkpoints,
-    save_checkpoint,
 )
 from qure_core.training.optimisation import Optimisation, autocast_type, make_optimizer
 from qure_core.training.schedule import learning_rate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qure_core.config import TrainSettings
+from qure_core.base.config import TrainSettings
 
 
 def mining_interval(epochs: int, definitions: int) -> int:

@@ -8,7 +8,7 @@ import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
 from qure_core.model import QuReModel
-from qure_core.objectives import bradley_terry_losses, contrastive_losses
+from qure_core.objectives.losses import bradley_terry_losses, contrastive_losses
 
 
 class TripletStep(nn.Module):

@@ -12,10 +12,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from qure_core import storage
-from qure_core.config import ClusterSettings
-from qure_core.errors import InputError, input_error
-from qure_core.monitor import current
-from qure_core.resources import Plan
+from qure_core.base.config import ClusterSettings
+from qure_core.base.errors import InputError, input_error
+from qure_core.runtime.monitor import current
+from qure_core.runtime.resources import Plan
 from qure_core.training.segment import Segment
 
 _NOTES_KIND = storage.Kind(

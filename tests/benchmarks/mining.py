@@ -31,14 +31,14 @@ from synthetic import make_split, unit_vectors, write_embeddings
 from torch import Tensor
 
 from qure_core import storage
-from qure_core.config import Settings
+from qure_core.base.config import Settings
 from qure_core.data.schema import Split
-from qure_core.embedding_shards import CHECKPOINT_KIND
 from qure_core.mining.mined_set import MINED_KIND
-from qure_core.mining.rule import DropRule
+from qure_core.mining.rules.drop_rule import DropRule
 from qure_core.mining.stage import hold_round, mine_round, mining_job
 from qure_core.mining.tasks import RoundTask, _sorted_rows
-from qure_core.scoring import QueryBlock, make_blocks, prepare_worker
+from qure_core.model.checkpoint_files import CHECKPOINT_KIND
+from qure_core.ranking.blocks import QueryBlock, make_blocks, prepare_worker
 
 TOKENS, WIDTH = 32, 256
 DRESS = 5985
@@ -213,7 +213,7 @@ def corpus_round(folder: str, images: int, queries: int, engine: str) -> None:
     """In a process of its own: one round, its time and memory."""
     import ray
 
-    from qure_core.resources import connect, plan_resources
+    from qure_core.runtime.resources import connect, plan_resources
 
     ray.init(address="local", num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
     connect()

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from synthetic import make_split, write_embeddings
 
-from qure_core.mining.rule import DropRule
+from qure_core.mining.rules.drop_rule import DropRule
 from qure_core.mining.tasks import RoundTask, mine_by_sorting
-from qure_core.scoring import make_blocks
+from qure_core.ranking.blocks import make_blocks
 
 MEMORY_MB = 256
 TOKENS, WIDTH, SHARD = 8, 64, 2048

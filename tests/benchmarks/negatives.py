@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from qure_core.config import load_settings
 from qure_core.data import read_split
+from qure_core.job.layout import committed, round_uri
+from qure_core.job.place import MARK, claim_run
 from qure_core.mining import read_mined_set
 from qure_core.report.build import false_negative_share
-from qure_core.training.layout import committed, round_uri
-from qure_core.training.place import MARK, claim_run
+from qure_core.runtime.settings import load_settings
 from qure_core.training.schedule import mining_epochs
 
 ROOT = Path(__file__).parents[2]

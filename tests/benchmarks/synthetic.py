@@ -10,12 +10,12 @@ import pyarrow as pa
 import torch
 
 from qure_core import storage
-from qure_core.arrow_files import write_arrow
 from qure_core.data.schema import Split, Triplet
-from qure_core.embedding import write_shard
-from qure_core.embedding_shards import EMBEDDINGS_KIND, shard_files
+from qure_core.embeddings.shards import EMBEDDINGS_KIND, shard_files
+from qure_core.embeddings.stage import write_shard
 from qure_core.features.store import FEATURES_KIND, INDEX_SCHEMA, StoredFeatures
-from qure_core.parquet import parquet_bytes
+from qure_core.storage.arrow import write_arrow
+from qure_core.storage.parquet import parquet_bytes
 
 
 def make_split(queries: int, images: int, seed: int = 0) -> Split:

@@ -28,11 +28,11 @@ from PIL import Image
 from synthetic import write_features
 from torch import Tensor, nn
 
-from qure_core.config import Settings
+from qure_core.base.config import Settings
 from qure_core.data.schema import Triplet
 from qure_core.model import QuReModel, QuReProcessor, encode_frozen, learn_tokenizer, preset
 from qure_core.model.flops import encoder_flops, step_flops, vision_tokens
-from qure_core.objectives import bradley_terry_losses
+from qure_core.objectives.losses import bradley_terry_losses
 from qure_core.training.batches import Batch, prefetched, triplet_batches
 from qure_core.training.optimisation import Optimisation, autocast_type, make_optimizer
 from qure_core.training.steps import TripletStep
@@ -292,10 +292,10 @@ def loader(batch: int, steps: int) -> None:
 
 def store(images: int) -> None:
     """Marginal time of an image in the build, against the encoder alone on as many threads."""
-    from qure_core.features.build import EncoderSource, build_store
+    from qure_core.embeddings.feature_building import EncoderSource, build_store
     from qure_core.features.identity import feature_key
-    from qure_core.resources import connect, plan_resources
-    from qure_core.training.checkpoints import save_checkpoint
+    from qure_core.model.checkpoints import save_checkpoint
+    from qure_core.runtime.resources import connect, plan_resources
 
     model, processor = build(0.0)
     rng = np.random.default_rng(0)

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from qure_core.network import free_port
+from qure_core.runtime.network import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 START_SECONDS = 120

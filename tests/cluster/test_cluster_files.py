@@ -23,7 +23,8 @@ import referencing
 import yaml
 from conftest import ROOT
 
-from qure_core.config import Settings, load_settings
+from qure_core.base.config import Settings
+from qure_core.runtime.settings import load_settings
 
 SCHEMAS = Path(__file__).parent / "schemas"
 SCHEMA_OF = {

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from qure_core import storage
-from qure_core.config import DataSettings
+from qure_core.base.config import DataSettings
+from qure_core.base.errors import InputError
 from qure_core.data.images import load_image
 from qure_core.data.sources import read_source
-from qure_core.embedding_shards import CHECKPOINT_KIND
-from qure_core.errors import InputError
-from qure_core.training.checkpoints import OPTIMIZER_FILE, load_optimizer
+from qure_core.model.checkpoint_files import CHECKPOINT_KIND, OPTIMIZER_FILE
+from qure_core.model.checkpoints import load_optimizer
 
 OUTSIDE = ["../../secret", "{root}/../secret", "/etc/passwd", "images/../../secret"]
 OUTSIDE += ["s3://bucket/secret", "..", "", "http://127.0.0.1/x", "a/../../secret"]

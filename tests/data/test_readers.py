@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from qure_core.config import DataSettings
+from qure_core.base.config import DataSettings
+from qure_core.base.errors import InputError
 from qure_core.data import load_split, mining_galleries, read_split, write_split
 from qure_core.data.circo import read_circo
 from qure_core.data.cirr import read_cirr
 from qure_core.data.fashioniq import read_fashioniq
 from qure_core.data.jsonl import read_jsonl
 from qure_core.data.validate import validate_dataset
-from qure_core.errors import InputError
 
 
 def put(path: Path, value: Any) -> None:

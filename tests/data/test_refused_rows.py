@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qure_core.config import DataSettings
+from qure_core.base.config import DataSettings
+from qure_core.base.errors import InputError
 from qure_core.data import load_split, mining_galleries
 from qure_core.data.cirr import read_cirr
 from qure_core.data.fashioniq import read_fashioniq
@@ -22,7 +23,6 @@ from qure_core.data.jsonl import read_jsonl
 from qure_core.data.layout import ImageFolder
 from qure_core.data.sources import has_split, read_source
 from qure_core.data.validate import validate_dataset
-from qure_core.errors import InputError
 
 
 def jsonl(root: Path, rows: list[Any], images: str = "abcdef") -> Path:
@@ -163,7 +163,7 @@ def test_cirr_members_that_are_no_list_are_a_problem(tmp_path: Path, members: An
 
 
 def test_a_split_without_targets_is_not_measured(tmp_path: Path) -> None:
-    from qure_core.config import Settings
+    from qure_core.base.config import Settings
     from qure_core.evaluation.run_protocol import _load
 
     caption = {"pairid": 1, "reference": "a", "caption": "x", "img_set": {"members": ["a", "b"]}}

@@ -11,9 +11,9 @@ import pytest
 from conftest import GOLDENS
 from PIL import Image
 
+from qure_core.base.errors import InputError
 from qure_core.data.images import load_image, normalise, preprocess_to_bytes
 from qure_core.data.text import circo_prompt, clean_text, join_fashioniq
-from qure_core.errors import InputError
 
 TEXTS = json.loads((GOLDENS / "text.json").read_text())
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qure_core.config import DataSettings, WorldSettings
+from qure_core.base.config import DataSettings, WorldSettings
+from qure_core.base.errors import InputError
+from qure_core.base.seeds import generator
 from qure_core.data import load_split
 from qure_core.data.sources import load_descriptions
 from qure_core.data.world import ATTRIBUTES, Garment, draw, make_world, plan_world
-from qure_core.errors import InputError
-from qure_core.seeds import generator
 
 SMALL = WorldSettings(
     images=180, images_per_combination=3, train_triplets=30, val_triplets=12, image_size=24

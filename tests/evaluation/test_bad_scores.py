@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from qure_core import storage
+from qure_core.base.errors import InputError
 from qure_core.data.schema import Triplet
-from qure_core.embedding import write_shard
-from qure_core.embedding_shards import EMBEDDINGS_KIND, shard_files
-from qure_core.errors import InputError
+from qure_core.embeddings.shards import EMBEDDINGS_KIND, shard_files
+from qure_core.embeddings.stage import write_shard
 from qure_core.evaluation.stage import _rank_block
-from qure_core.relevance import refuse_bad_scores
-from qure_core.scoring import QueryBlock
+from qure_core.model.relevance import refuse_bad_scores
+from qure_core.ranking.blocks import QueryBlock
 
 
 def embeddings(folder: Path, bad: float) -> str:

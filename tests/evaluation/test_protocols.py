@@ -13,8 +13,8 @@ from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qure_core.base.errors import InputError
 from qure_core.data.schema import Split, Triplet
-from qure_core.errors import InputError
 from qure_core.evaluation.protocols import (
     average_precision,
     check_circo_submission,

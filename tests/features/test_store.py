@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 
 from qure_core import storage
-from qure_core.config import Settings
+from qure_core.base.config import Settings
+from qure_core.base.errors import InputError
 from qure_core.data import images as preprocessing
 from qure_core.data.images import load_image
-from qure_core.errors import InputError
-from qure_core.features.build import EncoderSource, build_store, prune_store
+from qure_core.embeddings.feature_building import EncoderSource, build_store, prune_store
+from qure_core.embeddings.feature_use import usable_store
 from qure_core.features.identity import FeatureKey, feature_key, preprocessing_digest
 from qure_core.features.store import FeatureStore, StoredFeatures
-from qure_core.features.use import usable_store
 from qure_core.model import (
     QuReModel,
     QuReProcessor,
@@ -30,8 +30,8 @@ from qure_core.model import (
     encode_frozen,
     learn_tokenizer,
 )
-from qure_core.resources import plan_resources
-from qure_core.training.checkpoints import save_checkpoint
+from qure_core.model.checkpoints import save_checkpoint
+from qure_core.runtime.resources import plan_resources
 
 IMAGES = 40
 

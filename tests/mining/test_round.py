@@ -21,14 +21,14 @@ from benchmarks.synthetic import make_split, write_embeddings
 from conftest import ROOT
 
 from qure_core import storage
-from qure_core.config import Settings
+from qure_core.base.config import Settings
+from qure_core.base.errors import BusyError
 from qure_core.data.schema import Split
-from qure_core.embedding_shards import CHECKPOINT_KIND
-from qure_core.errors import BusyError
-from qure_core.lease import hold
 from qure_core.mining import read_mined_set
 from qure_core.mining.stage import hold_round, mine_round, mining_job, round_table
-from qure_core.resources import plan_resources
+from qure_core.model.checkpoint_files import CHECKPOINT_KIND
+from qure_core.runtime.resources import plan_resources
+from qure_core.storage.lease import hold
 
 SPLIT = make_split(queries=600, images=3000)
 
@@ -131,7 +131,7 @@ def test_a_killed_driver_a_killed_worker_and_a_deleted_file(tmp_path: Path, loca
         "import sys; sys.path[:0] = sys.argv[2:]\n"
         "from pathlib import Path\n"
         "from mining.test_round import mine\n"
-        "from qure_core.resources import connect\n"
+        "from qure_core.runtime.resources import connect\n"
         f"connect(); mine(Path(sys.argv[1]), **{mining!r})\n"
     )
     command = [sys.executable, "-c", code, str(folder), str(ROOT / "tests")]
@@ -198,7 +198,7 @@ def test_a_directory_has_one_holder(tmp_path: Path) -> None:
     # A holder that died on this machine is known at once.
     code = (
         "import os, sys\n"
-        "from qure_core.lease import hold\n"
+        "from qure_core.storage.lease import hold\n"
         "held = hold(sys.argv[1], 'mining')\n"
         "held.__enter__()\n"
         "os._exit(9)\n"
@@ -214,7 +214,7 @@ def test_a_holder_elsewhere_is_told_by_its_beat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No clock is compared: a file that changes is a holder that lives."""
-    monkeypatch.setattr("qure_core.lease.PATIENCE", 1.5)
+    monkeypatch.setattr("qure_core.storage.lease.PATIENCE", 1.5)
     directory = str(tmp_path / "rounds")
     uri = storage.join(directory, ".mining.lease")
     elsewhere: dict[str, Any] = {
@@ -246,7 +246,7 @@ def test_a_holder_elsewhere_is_told_by_its_beat(
 
 def test_one_of_two_waiters_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both see the same holder fall silent; even a file cut short by a kill is outlasted."""
-    monkeypatch.setattr("qure_core.lease.PATIENCE", 1.5)
+    monkeypatch.setattr("qure_core.storage.lease.PATIENCE", 1.5)
     directory = str(tmp_path / "rounds")
     storage.write_bytes(storage.join(directory, ".mining.lease"), b'{"what": "min')
     release = threading.Event()
@@ -269,7 +269,7 @@ def test_one_of_two_waiters_takes_over(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_lost_lease_stops_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qure_core.lease.BEAT", 0.1)
+    monkeypatch.setattr("qure_core.storage.lease.BEAT", 0.1)
     with hold(str(tmp_path), "mining") as lease:
         lease.check()
         other = {**lease.content, "token": "other"}

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from qure_core import storage
-from qure_core.config import DataSettings, Settings
+from qure_core.base.config import DataSettings, Settings
+from qure_core.base.errors import InputError
 from qure_core.data import Split, load_split, mining_galleries
 from qure_core.data.images import load_image
-from qure_core.embedding import embed_splits
-from qure_core.embedding_shards import EMBEDDINGS_KIND, EmbeddingShards
-from qure_core.errors import InputError
+from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
+from qure_core.embeddings.stage import embed_splits
 from qure_core.mining import STATUSES, read_mined_set, steep_drop_negatives
 from qure_core.mining.mined_set import MINED_KIND, MINED_SCHEMA
 from qure_core.mining.stage import (
@@ -32,9 +32,10 @@ from qure_core.mining.stage import (
     round_table,
 )
 from qure_core.model import QuReModel, QuReProcessor, build_model, learn_tokenizer
-from qure_core.resources import plan_resources
-from qure_core.scoring import QUERY_TILE, make_blocks
-from qure_core.training.checkpoints import save_checkpoint
+from qure_core.model.checkpoints import save_checkpoint
+from qure_core.ranking.blocks import make_blocks
+from qure_core.ranking.tiles import QUERY_TILE
+from qure_core.runtime.resources import plan_resources
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ def test_a_lost_shard_of_embeddings_is_made_again(
 def test_many_tiles_do_not_change_scores(tmp_path: Path, local_ray: str) -> None:
     """Tiles are cut from the whole lists, so a block of 128 or 384 queries scores the same."""
     from qure_core.data.schema import Triplet
-    from qure_core.scoring import QueryBlock, score_block
+    from qure_core.ranking.blocks import QueryBlock, score_block
 
     rng = np.random.default_rng(0)
     ids = [f"i{n:05d}" for n in range(2500)]

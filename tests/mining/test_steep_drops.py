@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qure_core.mining import STATUSES, SteepDrops, steep_drop_negatives
-from qure_core.mining.steep_drops import _FIRST_LOOK
+from qure_core.mining.rules.steep_drops import _FIRST_LOOK
 
 
 def cases(name: str) -> list[str]:

@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 from test_steep_drops import SCORES
 from torch import Tensor
 
-from qure_core.mining import sketch, streaming
-from qure_core.mining.keys import key_columns, key_scores, pack_keys
-from qure_core.mining.rule import DropRule
-from qure_core.mining.sampling import image_words, query_words, threshold_for
-from qure_core.mining.sketch import Anchors, Summary, merged
-from qure_core.mining.steep_drops import steep_drop_negatives
-from qure_core.mining.streaming import (
+from qure_core.mining.engines import sketch, streaming
+from qure_core.mining.engines.keys import key_columns, key_scores, pack_keys
+from qure_core.mining.engines.sketch import Anchors, Summary, merged
+from qure_core.mining.engines.streaming import (
     QueryRanking,
     Request,
     answer,
     settle_all,
     summarise_chunks,
 )
-from qure_core.mining.table import MinedRow, rows_of
+from qure_core.mining.rows import MinedRow, rows_of
+from qure_core.mining.rules.drop_rule import DropRule
+from qure_core.mining.rules.steep_drops import steep_drop_negatives
+from qure_core.mining.sampling import image_words, query_words, threshold_for
 
 
 def by_sorting(

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qure_core.model import QuReModel, preset
 from qure_core.model.flops import encoder_flops, step_flops, vision_tokens
-from qure_core.objectives import bradley_terry_losses
+from qure_core.objectives.losses import bradley_terry_losses
 
 
 @pytest.mark.parametrize(("answers", "queries", "length"), [(6, 3, 8), (10, 7, 16)])

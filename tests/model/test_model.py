@@ -19,7 +19,7 @@ from transformers import (
     CLIPVisionModel,
 )
 
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
 from qure_core.model import (
     QuReModel,
     QuReProcessor,
@@ -30,7 +30,7 @@ from qure_core.model import (
     preset,
 )
 from qure_core.model.pretrained import fill_qformer, fill_vision_encoder
-from qure_core.relevance import relevance_scores
+from qure_core.model.relevance import relevance_scores
 
 TEXTS = ["is red and longer", "a striped dress with long sleeves", "is shorter and blue"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qure_core.model import QuReModel, load_lavis_checkpoint
 from qure_core.model.lavis import convert_state
-from qure_core.objectives import bradley_terry_losses
+from qure_core.objectives.losses import bradley_terry_losses
 
 NAMES = ("model_tiny", "model_eva_tiny")
 

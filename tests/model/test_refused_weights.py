@@ -11,7 +11,7 @@ import torch
 from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
 
-from qure_core.errors import InputError
+from qure_core.base.errors import InputError
 from qure_core.model import (
     QuReModel,
     build_model,
@@ -19,9 +19,9 @@ from qure_core.model import (
     load_lavis_checkpoint,
     load_model,
 )
+from qure_core.model.checkpoints import save_checkpoint
 from qure_core.model.convert import check_target
 from qure_core.model.pretrained import check_vocabulary
-from qure_core.training.checkpoints import save_checkpoint
 
 TEXTS = ["a red dress", "a long blue coat with dots"]
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from conftest import ROOT, Runner, SmallDisk
 
-from qure_core.config import DataSettings
+from qure_core.base.config import DataSettings
 from qure_core.data.images import load_image
 from qure_core.data.sources import read_source
 from qure_core.features.store import StoredFeatures
 from qure_core.model import build_model, encode_frozen, learn_tokenizer
-from qure_core.training.checkpoints import save_checkpoint
+from qure_core.model.checkpoints import save_checkpoint
 
 
 @pytest.mark.timeout(400)

@@ -21,7 +21,7 @@ from qure_core.evaluation.protocols import (
     check_cirr_submission,
 )
 from qure_core.model import QuReConfig, QuReModel, QuReProcessor, learn_tokenizer
-from qure_core.training.checkpoints import save_checkpoint
+from qure_core.model.checkpoints import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("standing_cluster")
 IMAGE_PATH = r'/-/image_data/[^"]+'

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from qure_core.config import Settings
+from qure_core.base.config import Settings
 from qure_core.data import read_split
 from qure_core.data.schema import Triplet
+from qure_core.job.layout import committed
+from qure_core.job.run import read_metrics
 from qure_core.report.build import build_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -85,7 +87,9 @@ def test_hostile_captions_and_names_stay_text(finished_run: Path, tmp_path: Path
         triplets=tuple(changed(triplet) for triplet in val.triplets),
         images=val.images | {renamed: val.images[odd]},
     )
-    page_file = Path(build_report(settings, train, val))
+    evaluations, rounds = (committed(str(copy), name) for name in ("evaluations", "rounds"))
+    lines = read_metrics(str(copy))
+    page_file = Path(build_report(settings, train, val, evaluations, rounds, lines))
     requests: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(

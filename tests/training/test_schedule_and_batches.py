@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDENS
 
-from qure_core.config import DataSettings, TrainSettings
+from qure_core.base.config import DataSettings, TrainSettings
 from qure_core.data import load_split, mining_galleries
 from qure_core.data.schema import Triplet
 from qure_core.model import QuReModel, build_model, encode_frozen, learn_tokenizer

@@ -1,0 +1,1 @@
+"""What every room uses: errors, seeds and the schema of the settings."""

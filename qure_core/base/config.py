@@ -1,0 +1,313 @@
+"""The settings of every stage: their schema and defaults (`runtime.settings` reads them)."""
+
+from __future__ import annotations
+
+import getpass
+import tempfile
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliUnknownArgs,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class RunSettings(_Section):
+    dir: str = Field(
+        "runs/quickstart", description="run directory: a path or URI that all nodes see"
+    )
+    seed: int = Field(1000, ge=0, description="seed of every random choice (the paper's is 1000)")
+
+
+class WorldSettings(_Section):
+    images: int = Field(2000, ge=60, description="images to draw, train and val together")
+    images_per_combination: int = Field(
+        10, ge=1, description="images that share all their attributes, so are relevant together"
+    )
+    val_fraction: float = Field(0.3, gt=0, lt=1, description="share of the combinations held out")
+    train_triplets: int = Field(3000, ge=1, description="training triplets")
+    val_triplets: int = Field(600, ge=1, description="validation triplets")
+    image_size: int = Field(64, ge=16, le=1024, description="side of an image, pixels")
+    seed: int = Field(0, ge=0, description="seed of the world, separate from the run's")
+
+
+class DataSettings(_Section):
+    format: Literal["world", "fashioniq", "cirr", "circo", "jsonl"] = Field(
+        "world", description="layout of the data; 'world' is drawn at data.root if it is not there"
+    )
+    root: str = Field("data/world", description="dataset directory: a path or URI")
+    categories: list[str] | None = Field(
+        None,
+        description="FashionIQ and JSONL layouts: categories to use (default: all that are there)",
+    )
+    mining_corpus: Literal["targets", "split"] | None = Field(
+        None,
+        description="images mined among: the category's training targets or its whole split "
+        "(default: targets for the FashionIQ layout, split otherwise, as the paper does)",
+    )
+    descriptions: str | None = Field(
+        "descriptions.json",
+        description="image captions {image id: caption}, relative to data.root, for pretraining",
+    )
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, description="images with more pixels are refused"
+    )
+    world: WorldSettings = WorldSettings()
+
+
+class ModelSettings(_Section):
+    preset: Literal["tiny", "blip2-vit-l", "blip2-vit-g"] = Field(
+        "tiny", description="architecture when no pretrained weights are configured"
+    )
+    pretrained: str | None = Field(
+        None,
+        description="weights to fine-tune: a directory saved by this project, or a Hugging Face "
+        "BLIP-2 image-text-retrieval model; as a path, a URI or a hub id; skips pretraining",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="BERT tokenizer as a path, a URI or a hub id, e.g. bert-base-uncased "
+        "(default: the one beside the weights, else a WordPiece vocabulary of the training text)",
+    )
+    vocabulary_size: int = Field(
+        1000,
+        ge=64,
+        description="WordPiece vocabulary size when it is learned from the data, tokens",
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the Q-Former while training")
+    vision_precision: Literal["fp16", "fp32"] = Field(
+        "fp16",
+        description="of the frozen vision encoder's features, stored or not; fp16 is BLIP-2's",
+    )
+
+
+class PretrainSettings(_Section):
+    epochs: int = Field(15, ge=0, description="passes over the captioned training images")
+    batch_size: int = Field(64, ge=2, description="image-caption pairs per step, all workers")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate; cosine per epoch to a hundredth")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="of the contrastive targets")
+
+
+class TrainSettings(_Section):
+    epochs: int = Field(30, ge=1, description="passes over the training triplets")
+    mining_definitions: int = Field(
+        6, ge=1, description="n_def: negatives are mined every floor(epochs / n_def) epochs"
+    )
+    warmup_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="epochs with random negatives before the first mining "
+        "(default: floor(epochs / n_def), as in the paper)",
+    )
+    negatives: Literal["steep_drops", "random"] = Field(
+        "steep_drops",
+        description="negatives after the warm-up: mined between two steep drops, or random as "
+        "during the warm-up (for comparison)",
+    )
+    batch_size: int = Field(32, ge=1, description="triplets per optimizer step, all workers")
+    lr: float = Field(5e-6, gt=0, description="learning rate of epoch 0; cosine per epoch")
+    final_lr_ratio: float = Field(0.01, gt=0, le=1, description="final learning rate / lr")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay of every parameter")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="autocast type; auto: bf16 or fp16 on a GPU, fp32 on a CPU"
+    )
+    compile: bool = Field(
+        False, description="compile the step with torch.compile (needs a C++ compiler)"
+    )
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="evaluate every so many epochs, besides the start, the end of the warm-up "
+        "and the end",
+    )
+    keep_checkpoints: int = Field(
+        2, ge=1, description="newest epoch checkpoints kept, besides those of stage boundaries"
+    )
+    log_every: int = Field(20, ge=1, description="steps between progress lines")
+
+
+class MiningSettings(_Section):
+    exclude_reference: bool = Field(
+        True, description="drop a query's reference image from its corpus before mining"
+    )
+    window_ranks: int | None = Field(
+        None,
+        ge=4,
+        description="seek drops among so many images below the target (default: all, as released)",
+    )
+    window_quantile: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="seek drops in this share of the images below the target (default: all)",
+    )
+    min_steepness: float | None = Field(
+        None,
+        gt=0,
+        description="below this ratio of both drops to the typical gap beside them a query takes "
+        "the named fallback 'smooth': all images below the target, within the window "
+        "(default: any drop will do)",
+    )
+    max_negatives: int | None = Field(
+        None,
+        ge=1,
+        description="keep at most so many of a query's negatives, a uniform sample (default: all)",
+    )
+    engine: Literal["auto", "sort", "streaming"] = Field(
+        "auto",
+        description="sort ranks a corpus in one task, streaming in parts; the sets are the same "
+        "(auto: streaming from 100,000 images)",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of the scores' products; below fp32 the round reports how many of a sample "
+        "of queries have other drops than in fp32",
+    )
+    stored: Literal["fp32", "fp16"] = Field(
+        "fp32", description="of the images' embeddings on disk; fp16 halves what is read"
+    )
+    corpus_range: int | None = Field(
+        None,
+        ge=1,
+        description="images that one streaming task summarises (default: by corpus and "
+        "cluster, at most 262,144)",
+    )
+    corpus_shards: int | None = Field(
+        None, ge=1, description="files the embeddings are split into (default: by size)"
+    )
+    memory_mb: int = Field(
+        1024, ge=64, description="working memory of one scoring task, MB; sets the query block"
+    )
+    query_block: int | None = Field(
+        None, ge=1, description="queries scored together (default: what memory_mb allows)"
+    )
+
+
+class EvaluationSettings(_Section):
+    gallery: Literal["split", "union"] = Field(
+        "split",
+        description="images ranked per category: its whole split, or the union of the split's "
+        "references and targets",
+    )
+    top_k: int = Field(50, ge=1, description="ranked images kept per query")
+
+
+class ClusterSettings(_Section):
+    train_workers: int = Field(1, ge=1, description="training workers (one per GPU)")
+    gpus: Literal["auto", "none"] | int = Field(
+        "auto",
+        description="GPUs per training worker and per embedding actor: auto is 1 if the cluster "
+        "has any, else none",
+    )
+    cpus_per_train_worker: int = Field(1, ge=1, description="CPUs and threads of a training worker")
+    embed_actors: int = Field(1, ge=1, description="actors that embed images and queries")
+    cpus_per_embed_actor: int = Field(1, ge=1, description="CPUs and threads of an embedding actor")
+    embed_batch: int = Field(64, ge=1, description="images embedded together, per actor")
+    decode_threads: int = Field(2, ge=1, description="image decoding threads per worker or actor")
+    image_cache_mb: int = Field(
+        512, ge=0, description="preprocessed images a training worker keeps in memory, MB"
+    )
+    max_failures: int = Field(2, ge=0, description="training worker failures survived per stage")
+    scale_up_seconds: int = Field(
+        0, ge=0, description="how long to wait for nodes that an autoscaler still has to start"
+    )
+
+
+class FeatureStoreSettings(_Section):
+    dir: str = Field(
+        "features", description="directory of feature stores: a path or URI that all nodes see"
+    )
+    cache_dir: str = Field(
+        f"{tempfile.gettempdir()}/qure-features-{getpass.getuser()}",
+        description="local directory in which a node keeps what it fetches of a remote store",
+    )
+    shard_images: int = Field(256, ge=1, description="images in one file of a store")
+
+
+class ReportSettings(_Section):
+    examples: int = Field(6, ge=0, le=100, description="example queries shown in the report")
+
+
+class TrackingSettings(_Section):
+    backend: Literal["none", "mlflow", "wandb"] = Field(
+        "none", description="also send settings and metrics there, through its own client"
+    )
+    project: str = Field("qure", description="MLflow experiment or Weights & Biases project")
+    uri: str | None = Field(
+        None, description="MLflow tracking server (default: MLFLOW_TRACKING_URI, else MLflow's own)"
+    )
+
+
+class Settings(BaseSettings):
+    """All settings of a run."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", cli_ignore_unknown_args=True, cli_avoid_json=True, cli_hide_none_type=True
+    )
+
+    unknown_arguments: CliUnknownArgs = []
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    train: TrainSettings = TrainSettings()
+    mining: MiningSettings = MiningSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    features: Literal["auto", "required", "build", "off"] = Field(
+        "auto",
+        description="the frozen encoder's features: auto reads a feature store that has all that "
+        "is needed, required insists on one, build fills it first, off computes them",
+    )
+    feature_store: FeatureStoreSettings = FeatureStoreSettings()
+    report: ReportSettings = ReportSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is passed in counts: an environment variable named DATA must not."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Settings:
+        train = self.train
+        if train.mining_definitions > train.epochs:
+            raise ValueError(
+                f"train.mining_definitions={train.mining_definitions} exceeds "
+                f"train.epochs={train.epochs}: there would be no epoch to mine at"
+            )
+        if train.warmup_epochs is not None and train.warmup_epochs > train.epochs:
+            raise ValueError(
+                f"train.warmup_epochs={train.warmup_epochs} exceeds train.epochs={train.epochs}"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings as plain data, without the command line's remains."""
+        return self.model_dump(mode="json", exclude={"unknown_arguments"})
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= flatten(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat

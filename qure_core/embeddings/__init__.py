@@ -1,0 +1,1 @@
+"""Embeddings: from images and texts to vectors, shard by shard, for all stages."""

@@ -1,0 +1,87 @@
+"""Committed embeddings on disk, read shard by shard."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+
+from qure_core import storage
+from qure_core.storage.arrow import read_arrow
+
+EMBEDDINGS_KIND = storage.Kind("embeddings", r"(images|queries)-\d{5}\.arrow|shapes\.json")
+
+
+def shard_files(number: int) -> tuple[str, str]:
+    """Names of a shard's files: of its images, and of the queries that start from them."""
+    return f"images-{number:05d}.arrow", f"queries-{number:05d}.arrow"
+
+
+@dataclass(frozen=True)
+class EmbeddingShards:
+    """Committed embeddings, read shard by shard."""
+
+    uri: str
+    shards: int
+    tokens: int
+    width: int
+    first_ids: tuple[str, ...]
+
+    @classmethod
+    def open(cls, uri: str) -> EmbeddingShards:
+        manifest = storage.read_manifest(uri, EMBEDDINGS_KIND)
+        return cls(
+            uri,
+            manifest["shards"],
+            manifest["tokens"],
+            manifest["width"],
+            tuple(manifest["first_ids"]),
+        )
+
+    def shards_between(self, first_id: str, last_id: str) -> range:
+        """The shards that can hold images from ``first_id`` to ``last_id``."""
+        start = max(bisect_right(self.first_ids, first_id) - 1, 0)
+        return range(start, bisect_right(self.first_ids, last_id))
+
+    def _read(self, name: str) -> tuple[list[str], np.ndarray]:
+        table = read_arrow(storage.join(self.uri, name))
+        column = table["embedding"]
+        values = (
+            column.chunk(0).flatten().to_numpy() if column.num_chunks else np.empty(0, np.float32)
+        )
+        return table["id"].to_pylist(), values
+
+    def read_ahead(self, shard: int) -> None:
+        """Have a local disk fetch a shard's images while others are worked on."""
+        uri = storage.join(self.uri, shard_files(shard)[0])
+        if storage.is_local(uri) and hasattr(os, "posix_fadvise"):
+            file = os.open(storage.filesystem(uri)[1], os.O_RDONLY)
+            try:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
+
+    def images(self, shard: int) -> tuple[list[str], np.ndarray]:
+        """Ids and embeddings [m, T, D] of one shard, sorted by id, in the type they are stored."""
+        ids, values = self._read(shard_files(shard)[0])
+        return ids, values.reshape(len(ids), self.tokens, self.width)
+
+    def queries(self, shard: int) -> tuple[list[str], np.ndarray]:
+        """Ids and embeddings [q, D] of one shard."""
+        ids, values = self._read(shard_files(shard)[1])
+        return ids, values.reshape(len(ids), self.width)
+
+    def some_images(self, image_ids: set[str]) -> dict[str, np.ndarray]:
+        """Embeddings [T, D] of the named images, by id."""
+        found: dict[str, np.ndarray] = {}
+        for shard in range(self.shards):
+            ids, values = self.images(shard)
+            found |= {
+                image_id: np.array(values[row])
+                for row, image_id in enumerate(ids)
+                if image_id in image_ids
+            }
+        assert len(found) == len(image_ids), f"{len(image_ids) - len(found)} have no embedding"
+        return found

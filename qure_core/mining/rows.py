@@ -1,0 +1,166 @@
+"""Rows of a mined set, as either engine finds them, and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from qure_core.data.schema import Triplet
+from qure_core.mining.engines.keys import key_columns, key_scores
+from qure_core.mining.mined_set import MINED_SCHEMA
+from qure_core.mining.rules.drop_rule import STATUSES, STEEP
+from qure_core.mining.rules.steep_drops import SteepDrops
+from qure_core.mining.sampling import lowest, priorities
+
+_CURVE_POINTS = 48  # evenly spaced ranks of a kept curve, and as many that start densely
+_CURVE_AROUND = 6  # ranks kept on either side of the target and of both drops
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A drop: the rank of the last image above it, and the scores on both sides."""
+
+    rank: int
+    above: float
+    below: float
+
+    def as_row(self) -> dict[str, float]:
+        return {
+            "rank": self.rank,
+            "height": float(np.float32(self.above) - np.float32(self.below)),
+            "score_above": self.above,
+            "score_below": self.below,
+        }
+
+
+@dataclass(frozen=True)
+class MinedRow:
+    """What is mined for one query.
+
+    size: images in the set. negative_keys: sorted keys of those that are listed, all or a sample.
+    curve: (ranks, scores) of a few points of the ranking, always those around target and drops.
+    """
+
+    target_score: float
+    target_rank: int
+    upper: Drop | None
+    lower: Drop | None
+    steepness: float | None
+    status: int
+    size: int
+    negative_keys: np.ndarray
+    curve: tuple[np.ndarray, np.ndarray]
+
+
+@lru_cache(maxsize=64)
+def _spread(length: int) -> np.ndarray:
+    even = np.linspace(0, length - 1, _CURVE_POINTS)
+    return np.unique(np.concatenate([even, np.geomspace(1, length, _CURVE_POINTS) - 1]).astype(int))
+
+
+def curve_ranks(length: int, marks: Sequence[int]) -> np.ndarray:
+    """Ranks worth keeping of a ranking of ``length`` images: spread out, and all near ``marks``."""
+    around = np.add.outer(marks, np.arange(-_CURVE_AROUND, _CURVE_AROUND + 2)).ravel()
+    inside = around[(around >= 0) & (around < length)]
+    ranks = np.concatenate([_spread(length), inside, [length]])
+    ranks.sort()
+    return ranks[np.flatnonzero(ranks[1:] != ranks[:-1])]
+
+
+def sample_keys(
+    keys: np.ndarray, query_word: torch.Tensor, image_words: torch.Tensor | None, wanted: int | None
+) -> np.ndarray:
+    """``keys``, or the ``wanted`` of them that have the lowest priority for this query."""
+    if wanted is None or len(keys) <= wanted:
+        return keys
+    assert image_words is not None
+    columns = key_columns(torch.from_numpy(keys))
+    return keys[lowest(priorities(query_word, image_words[columns]), wanted).numpy()]
+
+
+def rows_of(
+    drops: SteepDrops,
+    query_words: torch.Tensor,
+    image_words: torch.Tensor | None,
+    max_negatives: int | None,
+) -> list[MinedRow]:
+    """The rows of queries whose rankings are sorted in whole."""
+    keys_QM = drops.keys_QM.cpu()
+    rows = []
+    steepness = drops.steepness_Q.tolist()
+    columns = (
+        drops.target_rank_Q,
+        drops.start_Q,
+        drops.stop_Q,
+        drops.upper_Q,
+        drops.lower_Q,
+        drops.length_Q,
+        drops.status_Q,
+    )
+    numbers = torch.stack(columns).tolist()
+    for q, (target, start, stop, upper, lower, length, status) in enumerate(
+        zip(*numbers, strict=True)
+    ):
+        steep = status == STEEP
+        ranks = curve_ranks(length, [target, upper, lower] if steep else [target])
+        marks = torch.from_numpy(
+            np.concatenate([ranks, [target, upper, upper + 1, lower, lower + 1]])
+        )
+        scores = key_scores(keys_QM[q, marks]).numpy()
+        upper_drop = lower_drop = None
+        if steep:
+            upper_drop = Drop(upper, float(scores[-4]), float(scores[-3]))
+            lower_drop = Drop(lower, float(scores[-2]), float(scores[-1]))
+        keys = keys_QM[q, start:stop].numpy()
+        rows.append(
+            MinedRow(
+                target_score=float(scores[-5]),
+                target_rank=target,
+                upper=upper_drop,
+                lower=lower_drop,
+                steepness=None if np.isnan(steepness[q]) else steepness[q],
+                status=status,
+                size=stop - start,
+                negative_keys=sample_keys(keys, query_words[q], image_words, max_negatives).copy(),
+                curve=(ranks, scores[:-5]),
+            )
+        )
+    return rows
+
+
+def to_table(
+    triplets: Sequence[Triplet], corpus: Sequence[str], rows: Sequence[MinedRow]
+) -> pa.Table:
+    """The rows in the schema of a mined set; ``corpus`` names the keys' columns."""
+    keys = torch.from_numpy(np.concatenate([row.negative_keys for row in rows]))
+    used, codes = np.unique(key_columns(keys).numpy(), return_inverse=True)
+    names = pa.DictionaryArray.from_arrays(
+        pa.array(codes, pa.int32()), pa.array([corpus[column] for column in used], pa.string())
+    )
+    offsets = pa.array(np.cumsum([0, *(len(row.negative_keys) for row in rows)]), pa.int64())
+    curve_offsets = pa.array(np.cumsum([0, *(len(row.curve[0]) for row in rows)]), pa.int32())
+    curve_values = [np.concatenate([row.curve[part] for row in rows]) for part in (0, 1)]
+    columns = {
+        "query_id": [t.query_id for t in triplets],
+        "category": [t.category for t in triplets],
+        "target_id": [t.target_id for t in triplets],
+        "target_score": pa.array([row.target_score for row in rows], pa.float32()),
+        "target_rank": [row.target_rank for row in rows],
+        "upper_drop": [row.upper.as_row() if row.upper else None for row in rows],
+        "lower_drop": [row.lower.as_row() if row.lower else None for row in rows],
+        "steepness": [row.steepness for row in rows],
+        "num_negatives": [row.size for row in rows],
+        "negative_ids": pa.LargeListArray.from_arrays(offsets, names),
+        "negative_scores": pa.LargeListArray.from_arrays(
+            offsets, pa.array(key_scores(keys).numpy(), pa.float32())
+        ),
+        "status": [STATUSES[row.status] for row in rows],
+        "curve_ranks": pa.ListArray.from_arrays(curve_offsets, pa.array(curve_values[0])),
+        "curve_scores": pa.ListArray.from_arrays(curve_offsets, pa.array(curve_values[1])),
+    }
+    return pa.table(columns, schema=MINED_SCHEMA)

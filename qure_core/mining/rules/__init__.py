@@ -1,0 +1,1 @@
+"""Rules: which images below the target are hard negatives."""

@@ -1,0 +1,1 @@
+"""Objectives: from the outputs of a step to losses per sample."""

@@ -1,0 +1,1 @@
+"""Scores of queries against a corpus, tile by tile, and their order."""

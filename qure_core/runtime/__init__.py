@@ -1,0 +1,1 @@
+"""Running a command on a Ray cluster: arguments, resources, progress and what is shown."""
