@@ -44,8 +44,9 @@ def choose_encoder(settings: Settings, checkpoint: str | None) -> tuple[EncoderS
             "pipelines/train.py fill the store after its pretraining"
         )
     source = EncoderSource(settings.model.pretrained, settings.model.tokenizer)
-    model, processor = source.load()
-    return source, FeatureKey.of(model.encoder_digest(), processor.image_size, precision)
+    encoder = source.load("cpu", precision)
+    digest, size = encoder.model.encoder_digest(), encoder.processor.image_size
+    return source, FeatureKey.of(digest, size, precision)
 
 
 def describe(uri: str, manifest: dict[str, Any]) -> str:

@@ -112,6 +112,9 @@ class TrainSettings(_Section):
         description="negatives after the warm-up: mined between two steep drops, or random as "
         "during the warm-up (for comparison)",
     )
+    negatives_per_triplet: int = Field(
+        1, ge=1, description="K: negatives that a triplet meets in a step (the paper's is 1)"
+    )
     batch_size: int = Field(32, ge=1, description="triplets per optimizer step, all workers")
     lr: float = Field(5e-6, gt=0, description="learning rate of epoch 0; cosine per epoch")
     final_lr_ratio: float = Field(0.01, gt=0, le=1, description="final learning rate / lr")
@@ -132,6 +135,15 @@ class TrainSettings(_Section):
         2, ge=1, description="newest epoch checkpoints kept, besides those of stage boundaries"
     )
     log_every: int = Field(20, ge=1, description="steps between progress lines")
+
+
+class ObjectiveSettings(_Section):
+    name: str = Field(
+        "bradley_terry",
+        description="loss of fine-tuning: bradley_terry (the paper's), or info_nce (the target "
+        "against all answers of the batch)",
+    )
+    options: dict[str, Any] = Field({}, description="the objective's own settings, by name")
 
 
 class MiningSettings(_Section):
@@ -259,6 +271,7 @@ class Settings(BaseSettings):
     model: ModelSettings = ModelSettings()
     pretrain: PretrainSettings = PretrainSettings()
     train: TrainSettings = TrainSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     mining: MiningSettings = MiningSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()

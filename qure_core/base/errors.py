@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -54,6 +55,20 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         if not link.__suppress_context__:
             inner.append(link.__context__)
         left += [item for item in inner if isinstance(item, BaseException)]
+
+
+@contextmanager
+def bad_input_of_workers(blame: str = "") -> Iterator[None]:
+    """Raise the `InputError` that a worker's exception is or was raised from as itself.
+
+    Its message comes after the name of what is to ``blame``, such as the checkpoint, if given.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (bad := input_error(error)) is None:
+            raise
+        raise type(bad)(f"{blame}: {bad}" if blame else str(bad)) from error
 
 
 def input_error(error: BaseException) -> InputError | None:

@@ -66,17 +66,17 @@ def _reason(data: bytes, error: Exception) -> str:
 
 def load_image(uri: str, max_pixels: int) -> Image.Image:
     """Read and decode the image at ``uri``; `InputError` if it is missing or damaged."""
-    try:
-        data = read_image_bytes(uri, max_pixels)
-    except FileNotFoundError:
-        raise InputError(f"{uri}: image file is missing") from None
-    return decode(data, uri, max_pixels)
+    return decode(read_image_bytes(uri, max_pixels), uri, max_pixels)
 
 
 def read_image_bytes(uri: str, max_pixels: int) -> bytes:
-    """The bytes of an image file; `InputError` if it is far larger than its pixels could be."""
+    """The bytes of an image file; `InputError` if it is missing, or far larger than its pixels
+    could be."""
     limit = BYTES_PER_PIXEL * max_pixels
-    data = storage.read_bytes(uri, limit + 1)
+    try:
+        data = storage.read_bytes(uri, limit + 1)
+    except FileNotFoundError:
+        raise InputError(f"{uri}: image file is missing") from None
     if len(data) > limit:
         raise InputError(
             f"{uri}: more than {limit:,} bytes, {BYTES_PER_PIXEL} for each pixel of "

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +30,10 @@ from ray.data import ActorPoolStrategy
 
 from qure_core import storage
 from qure_core.base.config import ClusterSettings, Settings
-from qure_core.base.errors import InputError
+from qure_core.base.errors import InputError, bad_input_of_workers
 from qure_core.data.hashing import image_digests
 from qure_core.data.images import decode, preprocess_to_bytes, read_image_bytes
+from qure_core.data.loader import pixel_values
 from qure_core.features.identity import FeatureKey
 from qure_core.features.store import FEATURES_KIND, INDEX_SCHEMA
 from qure_core.runtime.progress import Progress
@@ -40,6 +41,9 @@ from qure_core.runtime.resources import Plan, granted_device
 from qure_core.storage.arrow import arrow_bytes
 from qure_core.storage.lease import hold
 from qure_core.storage.parquet import parquet_bytes, read_parquet
+
+if TYPE_CHECKING:
+    from qure_core.embeddings.encoder import Encoder
 
 _SHAPE = ("tokens", "width")  # of an image's features
 _READERS = 16  # threads that read records, each a small file
@@ -52,11 +56,11 @@ class EncoderSource:
     source: str
     tokenizer: str | None = None
 
-    def load(self) -> tuple[Any, Any]:
-        """The model and its processor."""
-        from qure_core.model import load_model  # tasks that only decode need not import it
+    def load(self, device: torch.device | str, precision: str) -> Encoder:
+        # Here, because tasks that only decode need not import it.
+        from qure_core.embeddings.encoder import Encoder
 
-        return load_model(self.source, self.tokenizer)
+        return Encoder.load(self.source, device, tokenizer=self.tokenizer, precision=precision)
 
 
 def build_store(
@@ -103,21 +107,17 @@ def build_store(
         return _commit(uri, key, index, manifest, records, missing, time.monotonic() - started)
 
 
-def _cannot_write(uri: str, error: OSError) -> str:
-    return (
-        f"feature_store.dir: cannot write to {uri} ({error.strerror or error}); make room there, "
-        "or choose another --feature_store.dir. What is written stays: the same command goes on "
-        "from it"
-    )
-
-
 @contextmanager
 def _writing(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if storage.is_refused(error):
-            raise InputError(_cannot_write(uri, error)) from None
+            raise InputError(
+                f"feature_store.dir: cannot write to {uri} ({error.strerror or error}); make room "
+                "there, or choose another --feature_store.dir. What is written stays: the same "
+                "command goes on from it"
+            ) from None
         raise
 
 
@@ -239,8 +239,6 @@ def _decode_piece(table: pa.Table, image_size: int, max_pixels: int) -> pa.Table
             digest = hashlib.sha256(data).hexdigest()
             image = decode(data, uri, max_pixels)
             pixels.write(preprocess_to_bytes(image, image_size).tobytes())
-        except FileNotFoundError:
-            fault = f"{uri}: image file is missing"
         except InputError as error:
             fault = str(error)
         except Exception as error:  # of one file, or of a decoder that met nonsense
@@ -260,56 +258,35 @@ class _Encoder:
     """
 
     def __init__(self, source: EncoderSource, key: FeatureKey, uri: str, threads: int) -> None:
-        from qure_core.model import encode_frozen
-
         torch.set_num_threads(threads)
-        self.encode_frozen = encode_frozen
-        self.device = granted_device()
-        self.key, self.uri = key, uri
+        self.source, self.key, self.uri = source, key, uri
         self.encoding = threading.Lock()
-        self.fault = ""
-        try:
-            model, self.processor = source.load()
-        except InputError as error:
-            self.fault = str(error)  # said by the first call, as any other bad input
-            return
-        self.encoder = model.vision_encoder.eval().to(self.device)
+
+    # When it is first needed: what an actor raises before its first call reaches nobody as it is.
+    @cached_property
+    def encoder(self) -> Encoder:
+        return self.source.load(granted_device(), self.key.precision)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        if self.fault:
-            return pa.table({"images": [0], "fault": [self.fault]})
         (row,) = table.to_pylist()
         if not storage.list_names(self.uri):  # the driver holds its lease there
-            fault = (
+            raise InputError(
                 f"feature_store.dir: {self.uri} is not the same directory on all nodes; give a "
                 "path or URI that they share, e.g. --feature_store.dir s3://bucket/features"
             )
-            return pa.table({"images": [0], "fault": [fault]})
         good = [i for i, fault in enumerate(row["fault"]) if not fault]
         with self.encoding:
             features = self._encode(row["pixels"], len(good)) if good else None
-        fault = ""
-        try:
+        with _writing(self.uri):
             self._write(row, good, features)
-        except OSError as error:
-            if not storage.is_refused(error):
-                raise
-            # As data: an exception would reach the driver as Ray's own, its cause as text.
-            fault = _cannot_write(self.uri, error)
-        except InputError as error:
-            fault = str(error)
-        return pa.table({"images": [len(row["uri"])], "fault": [fault]})
+        return pa.table({"images": [len(row["uri"])]})
 
     def _encode(self, data: bytes, count: int) -> np.ndarray:
-        size = self.processor.image_size
+        size = self.encoder.processor.image_size
         pixels_BCHW = np.frombuffer(data, np.uint8).reshape(count, 3, size, size)
         # A part at a time: normalised pixels are four times the size.
         parts = [
-            self.encode_frozen(
-                self.encoder,
-                self.processor.pixel_values(part).to(self.device),
-                self.key.precision,
-            ).cpu()
+            self.encoder.features(pixel_values(part)).cpu()
             for part in np.array_split(pixels_BCHW, math.ceil(count / 64))
         ]
         features: np.ndarray = torch.cat(parts).numpy()
@@ -364,10 +341,9 @@ def _encode(
             )
             for piece, rows in pieces.items()
         ]
-        for row in _run(settings, plan, source, key, uri, tables):
-            if row["fault"]:
-                raise InputError(str(row["fault"]))
-            progress.advance(int(row["images"]))
+        with bad_input_of_workers():
+            for row in _run(settings, plan, source, key, uri, tables):
+                progress.advance(int(row["images"]))
     return _read_records(uri, [_record_name(piece) for piece in pieces])
 
 

@@ -12,9 +12,9 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,8 @@ from ray.data import ActorPoolStrategy
 
 from qure_core import storage
 from qure_core.base.config import Settings
-from qure_core.base.errors import InputError
-from qure_core.data.images import load_image
+from qure_core.base.errors import InputError, bad_input_of_workers
+from qure_core.data.loader import ImageLoader, VisionLoader
 from qure_core.data.schema import Split, Triplet
 from qure_core.embeddings.feature_use import usable_store
 from qure_core.embeddings.shards import EMBEDDINGS_KIND, shard_files
@@ -35,6 +35,9 @@ from qure_core.runtime.progress import Progress
 from qure_core.runtime.resources import Plan, granted_device
 from qure_core.storage.arrow import write_arrow
 
+if TYPE_CHECKING:
+    from qure_core.embeddings.encoder import Encoder
+
 IMAGES_PER_SHARD = 2048
 SHAPES = "shapes.json"  # of one embedding, the same from every shard
 
@@ -43,59 +46,32 @@ class _Embedder:
     """Actor: embeds whole shards and writes them."""
 
     def __init__(self, checkpoint: str, settings: dict[str, Any], store: str | None) -> None:
+        self.checkpoint, self.store = checkpoint, store
+        self.settings = Settings(**settings)
+        self.batch = self.settings.cluster.embed_batch
+        torch.set_num_threads(self.settings.cluster.cpus_per_embed_actor)
+
+    # When it is first needed: what an actor raises before its first call reaches nobody as it is.
+    @cached_property
+    def encoder(self) -> Encoder:
         # Here, so that tasks which only read embeddings need not import transformers.
-        from qure_core.model import encode_frozen, load_model
+        from qure_core.embeddings.encoder import Encoder
 
-        self.settings, self.store = Settings(**settings), store
-        self.checkpoint = checkpoint
-        cluster = self.settings.cluster
-        torch.set_num_threads(cluster.cpus_per_embed_actor)
-        self.device = granted_device()
-        self.batch = cluster.embed_batch
-        self.encode = encode_frozen
-        self.pool = ThreadPoolExecutor(cluster.decode_threads)
-        self.fault = ""
-        try:
-            storage.read_manifest(checkpoint, CHECKPOINT_KIND)  # it is one, and finished
-            model, self.processor = load_model(checkpoint)
-        except InputError as error:
-            self.fault = str(error)  # said by the first call, as any other bad input
-            return
-        self.model = model.eval().to(self.device)
-
-    def _features(self, images: dict[str, str]) -> Iterator[torch.Tensor]:
-        """Features [B, P, W] of the images (URIs by id), batch by batch: stored, or computed."""
-        ids = list(images)
-        batches = [ids[start : start + self.batch] for start in range(0, len(ids), self.batch)]
-        if self.store:
-            stored = StoredFeatures(self.store, images, self.settings.feature_store.cache_dir)
-            for batch in batches:
-                yield stored(batch).to(self.device)
-            return
-
-        def pixels(image_id: str) -> np.ndarray:
-            limit = self.settings.data.max_image_pixels
-            return self.processor.image_bytes(load_image(images[image_id], limit))
-
+        storage.read_manifest(self.checkpoint, CHECKPOINT_KIND)  # it is one, and finished
         precision = self.settings.model.vision_precision
-        decoded = [self.pool.map(pixels, batch) for batch in batches[:1]]
-        for number in range(len(batches)):
-            own = np.stack(list(decoded.pop()))
-            # The next batch is decoded while this one is encoded.
-            decoded = [self.pool.map(pixels, batch) for batch in batches[number + 1 : number + 2]]
-            pixel_values = self.processor.pixel_values(own).to(self.device)
-            yield self.encode(self.model.vision_encoder, pixel_values, precision)
+        return Encoder.load(self.checkpoint, granted_device(), precision=precision)
+
+    def _loader(self, images: dict[str, str]) -> VisionLoader:
+        """Of stored features of the images (URIs by id), or of their pixels."""
+        settings = self.settings
+        if self.store:
+            return StoredFeatures(self.store, images, settings.feature_store.cache_dir)
+        limit, threads = settings.data.max_image_pixels, settings.cluster.decode_threads
+        return ImageLoader(images, self.encoder.processor.image_size, limit, threads)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         assert len(rows["shard"]) == 1, "one shard a call"
-        shard = {key: value[0] for key, value in rows.items()}
-        try:
-            if self.fault:
-                raise InputError(self.fault)
-            result = self._embed(shard) | {"fault": ""}
-        except InputError as error:
-            # As data: an exception would reach the driver as Ray's own, its cause as text.
-            result = {"images": 0, "output": "", "files": "", "fault": str(error)}
+        result = self._embed({key: value[0] for key, value in rows.items()})
         return {name: np.asarray([value]) for name, value in result.items()}
 
     @torch.inference_mode()
@@ -112,32 +88,33 @@ class _Embedder:
         query_ids: list[str] = []
         query_parts: list[np.ndarray] = []
         uri_of = dict(zip(map(str, image_ids), map(str, uris), strict=True))
-        for number, vision_BPW in enumerate(self._features(uri_of)):
+        batches = [
+            [str(name) for name in image_ids[start : start + self.batch]]
+            for start in range(0, len(image_ids), self.batch)
+        ]
+        features = self.encoder.vision_batches(self._loader(uri_of), batches)
+        for number, (batch_ids, vision_BPW) in enumerate(zip(batches, features, strict=True)):
             start = number * self.batch
-            batch_ids = image_ids[start : start + self.batch]
             chosen = [i for i in range(len(batch_ids)) if wanted[start + i]]
             if chosen:
-                kept_ids += [str(batch_ids[i]) for i in chosen]
-                image_parts.append(self.model.embed_images(vision_BPW[chosen]).cpu().numpy())
+                kept_ids += [batch_ids[i] for i in chosen]
+                image_parts.append(self.encoder.images(vision_BPW[chosen]).cpu().numpy())
             queries = [
                 (i, *query)
                 for i, image_id in enumerate(batch_ids)
-                for query in queries_of.get(str(image_id), [])
+                for query in queries_of.get(image_id, [])
             ]
             for first in range(0, len(queries), self.batch):
                 some = queries[first : first + self.batch]
-                input_ids, mask = self.processor.texts([text for _, _, text in some])
-                embedded = self.model.embed_queries(
-                    vision_BPW[[i for i, _, _ in some]],
-                    input_ids.to(self.device),
-                    mask.to(self.device),
+                embedded = self.encoder.queries(
+                    vision_BPW[[i for i, _, _ in some]], [text for _, _, text in some]
                 )
                 query_ids += [query_id for _, query_id, _ in some]
                 query_parts.append(embedded.cpu().numpy())
 
         self._check_finite(image_parts, kept_ids, "image")
         self._check_finite(query_parts, query_ids, "query")
-        config = self.model.config
+        config = self.encoder.model.config
         number, output = int(shard["shard"]), str(shard["output"])
         images = _concatenate(image_parts, (config.query_tokens, config.embed_dim))
         vectors = _concatenate(query_parts, (config.embed_dim,))
@@ -293,11 +270,10 @@ def embed_splits(
     if rows:
         results = _embed_rows(checkpoint, rows, settings, plan, store)
     written: dict[str, dict[str, Any]] = {output: {} for output in shards_of}
-    for row in results:
-        if row["fault"]:
-            raise InputError(str(row["fault"]))
-        written[row["output"]] |= json.loads(row["files"])
-        progress.advance(int(row["images"]))
+    with bad_input_of_workers():
+        for row in results:
+            written[row["output"]] |= json.loads(row["files"])
+            progress.advance(int(row["images"]))
     seconds = time.monotonic() - started
     for job in jobs:
         if job.output in shards_of:

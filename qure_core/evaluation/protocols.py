@@ -1,8 +1,7 @@
 """The benchmarks' protocols as pure functions over rankings. Ranks count from 0, the best.
 
 FashionIQ is in `metrics`. Here are CIRR (val recalls, test1 submissions), CIRCO (mAP, recall, test
-submissions) and HP-FashionIQ (preference ratio). Equal scores rank by image id; `count_ties` says
-how often that mattered.
+submissions) and HP-FashionIQ (preference ratio).
 """
 
 from __future__ import annotations
@@ -21,23 +20,6 @@ CIRR_RECALLS = (1, 5, 10, 50)
 CIRR_SUBSET_RECALLS = (1, 2, 3)
 CIRCO_CUTS = (5, 10, 25, 50)
 MAX_SUBMISSION_BYTES = 5 * 1024 * 1024  # the CIRR server's limit per file
-
-
-def ranking(scores_M: np.ndarray, image_ids: Sequence[str]) -> np.ndarray:
-    """Columns best first; equal scores by image id."""
-    by_id = np.argsort(np.asarray(image_ids), kind="stable")
-    return by_id[np.argsort(-scores_M[by_id], kind="stable")]
-
-
-def count_ties(scores_M: np.ndarray, target: int) -> int:
-    """How many other images share the target's score, so that ids decide its rank."""
-    return int((scores_M == scores_M[target]).sum()) - 1
-
-
-def subset_order(ranked_ids: Sequence[str], members: Sequence[str], reference: str) -> list[str]:
-    """The query's image set without its reference, in ranking order (CIRR's R_subset)."""
-    wanted = set(members) - {reference}
-    return [image_id for image_id in ranked_ids if image_id in wanted]
 
 
 def cirr_summary(ranks: Sequence[int], subset_ranks: Sequence[int]) -> dict[str, float]:

@@ -42,7 +42,7 @@ from qure_core.evaluation.protocols import (
 from qure_core.evaluation.published import known_dataset
 from qure_core.evaluation.stage import galleries_of, rank_queries, read_rows, summarise
 from qure_core.model.checkpoint_files import checkpoint_digest
-from qure_core.model.relevance import refuse_bad_scores
+from qure_core.model.relevance import refuse_bad_scores, relevance_scores
 from qure_core.runtime.resources import Plan
 
 RESULT_KIND = storage.Kind("protocol result", r"(recall|recall_subset|submission)\.json")
@@ -272,11 +272,11 @@ def _judge(embeddings: str, pairs: Sequence[JudgedPair]) -> dict[str, Any]:
         queries |= dict(zip(ids, query_QD, strict=True))
 
     def mean_relevance(number: int, names: Sequence[str]) -> float:
-        query_D = torch.from_numpy(queries[f"{number:06d}"])
+        query_QD = torch.from_numpy(queries[f"{number:06d}"])[None]
         image_MTD = torch.from_numpy(np.stack([images[name] for name in names]))
-        relevance_M = (image_MTD @ query_D).amax(dim=1)
-        refuse_bad_scores(relevance_M[None])
-        return float(relevance_M.mean())
+        scores_QM = relevance_scores(query_QD, image_MTD)
+        refuse_bad_scores(scores_QM)
+        return float(scores_QM.mean())
 
     score1, score2 = (
         np.asarray([mean_relevance(number, sets) for number, sets in enumerate(column)])

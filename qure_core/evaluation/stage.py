@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from qure_core import storage
 from qure_core.base.config import Settings
@@ -15,6 +14,7 @@ from qure_core.data.schema import Split
 from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
 from qure_core.embeddings.stage import EmbedJob, embed_splits
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
+from qure_core.evaluation.rows import ranking_row
 from qure_core.model.checkpoint_files import checkpoint_digest
 from qure_core.model.relevance import refuse_bad_scores
 from qure_core.ranking.blocks import QueryBlock, make_blocks, map_blocks, score_block
@@ -55,36 +55,12 @@ def _rank_block(
     scores_QM = score_block(EmbeddingShards.open(embeddings_uri), block).cpu()
     refuse_bad_scores(scores_QM)
     column = {image_id: i for i, image_id in enumerate(block.corpus)}
-    rows = []
-    for triplet, scores_M in zip(block.triplets, scores_QM, strict=True):
-        dropped = drop_reference and triplet.reference_id != triplet.target_id
-        if dropped:
-            scores_M[column[triplet.reference_id]] = -torch.inf
-        # Equal scores rank by image id, which is column order.
-        order_M = scores_M.sort(descending=True, stable=True).indices.numpy()
-        order_M = order_M[: len(order_M) - dropped]
-        rank_of = np.empty(len(scores_M), np.int64)
-        rank_of[order_M] = np.arange(len(order_M))
-        top = order_M[:top_k]
-        target = None if triplet.target_id is None else column[triplet.target_id]
-        members = [column[name] for name in triplet.group if name != triplet.reference_id]
-        rows.append(
-            {
-                "query_id": triplet.query_id,
-                "category": triplet.category,
-                "target_id": triplet.target_id,
-                "target_rank": None if target is None else int(rank_of[target]),
-                "target_ties": None
-                if target is None
-                else int((scores_M == scores_M[target]).sum()) - 1,
-                "top_ids": [block.corpus[i] for i in top],
-                "top_scores": scores_M[top].tolist(),
-                "relevant_ranks": sorted(
-                    int(rank_of[column[i]]) for i in triplet.relevant_ids if i in column
-                ),
-                "subset_ids": [block.corpus[i] for i in sorted(members, key=rank_of.__getitem__)],
-            }
+    rows = [
+        ranking_row(
+            triplet, scores_M, block.corpus, column, top_k=top_k, drop_reference=drop_reference
         )
+        for triplet, scores_M in zip(block.triplets, scores_QM, strict=True)
+    ]
     table = pa.Table.from_pylist(rows, _RANKINGS)
     write_parquet(storage.join(output, f"part-{block.number:05d}.parquet"), table)
     return {}

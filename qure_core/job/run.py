@@ -43,9 +43,11 @@ from qure_core.model import build_model, learn_tokenizer, load_model
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND, checkpoint_uri, latest_epoch
 from qure_core.model.checkpoints import save_checkpoint
 from qure_core.model.pretrained import load_tokenizer
+from qure_core.objectives import make_objective
 from qure_core.report.build import build_report
 from qure_core.runtime.monitor import monitored
 from qure_core.runtime.resources import Plan, connect, plan_resources
+from qure_core.runtime.settings import parse_settings
 from qure_core.storage.lease import hold
 from qure_core.storage.parquet import read_parquet, write_parquet
 from qure_core.training.schedule import evaluation_epochs, mining_epochs, stage_boundaries
@@ -88,7 +90,8 @@ def _differences(settings: Settings, sections: Sequence[str]) -> list[str]:
     uri = storage.join(settings.run.dir, "config.yaml")
     if not storage.exists(uri):
         return []
-    before = flatten(yaml.safe_load(storage.read_bytes(uri)))
+    # What it did not know yet has a default that means what was done then.
+    before = flatten(parse_settings(yaml.safe_load(storage.read_bytes(uri)), uri).resolved())
     return [
         f"  {name}: {before.get(name)!r} there, {value!r} now"
         for name, value in flatten(settings.resolved()).items()
@@ -191,7 +194,7 @@ def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tup
     train = kept("train")
     val = kept("val") if has_split(data, "val") else None
     corpora = mining_galleries(data, train)
-    check_corpora(train, corpora)
+    check_corpora(train, corpora, settings.train.negatives_per_triplet)
     storage.write_json(storage.join(folder, "corpora.json"), corpora)
     captions, described = storage.join(folder, "captions.json"), load_descriptions(data, train)
     if not storage.exists(captions) or not learned:  # a run keeps those that it began with
@@ -333,6 +336,7 @@ def run(settings: Settings) -> dict[str, Any]:
     run_dir, train_settings = settings.run.dir, settings.train
     check_apart(run_dir, settings.data.root)
     check_tracker(settings)
+    make_objective(settings.objective.name, settings.objective.options)
     claim_run(run_dir)
     connect()
     events = storage.join(run_dir, "events.jsonl")

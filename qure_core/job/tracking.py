@@ -18,6 +18,9 @@ from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
 
 _BATCH = 1000  # scalars sent together: MLflow's limit
+_EPOCH_FIGURES = (
+    *("loss", "accuracy", "margin", "gradient_norm", "skipped_steps", "lr", "temperature"),
+)
 Scalar = tuple[str, int, float]
 """Name, step (a step of the stage, or an epoch) and value."""
 
@@ -31,8 +34,11 @@ def scalars(lines: Sequence[dict[str, Any]]) -> list[Scalar]:
             values.append((f"{line['stage']}/step_loss", step[line["stage"]], line["loss"]))
             step[line["stage"]] += 1
         elif line["kind"] == "epoch":
-            for name in ("loss", "lr", "temperature"):
-                values.append((f"{line['stage']}/{name}", line["epoch"], line[name]))
+            values += [
+                (f"{line['stage']}/{name}", line["epoch"], line[name])
+                for name in _EPOCH_FIGURES
+                if name in line  # older runs told fewer
+            ]
         elif line["kind"] == "mining":
             values.append(("mining/steep_share", line["epoch"], line["steep_share"]))
             values.append(("mining/set_size", line["epoch"], line["set_size"]["median"]))

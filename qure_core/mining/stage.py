@@ -303,15 +303,16 @@ def corpus_digest(corpora: dict[str, tuple[str, ...]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_corpora(split: Split, corpora: dict[str, tuple[str, ...]]) -> None:
-    """Raise one `InputError` if a query could not be mined."""
+def check_corpora(split: Split, corpora: dict[str, tuple[str, ...]], negatives: int = 1) -> None:
+    """Raise one `InputError` if a query could not be mined, or has not so many ``negatives``."""
     members = {category: set(ids) for category, ids in corpora.items()}
-    small = sorted(category for category, ids in members.items() if len(ids) < 3)
+    small = sorted(category for category, ids in members.items() if len(ids) < negatives + 2)
     if small:
+        others = "one other image" if negatives == 1 else f"{negatives:,} other images"
         raise InputError(
-            f"mining corpus of category {', '.join(small)} has fewer than 3 images; a query needs "
-            "a target, a reference and at least one other image. Give the category more of them, "
-            "or set data.mining_corpus to 'split'"
+            f"mining corpus of category {', '.join(small)} has fewer than {negatives + 2} images; "
+            f"a query needs a target, a reference and at least {others}. Give the category more "
+            "of them, or set data.mining_corpus to 'split'"
         )
     outside = [t for t in split.triplets if t.target_id not in members[t.category]]
     if outside:

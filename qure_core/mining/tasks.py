@@ -198,7 +198,7 @@ def write_anchors(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
         few = np.unique(np.linspace(0, len(block.corpus) - 1, IMAGE_TILE).astype(np.int64)).tolist()
         wanted = {block.corpus[i] for i in [*target_Q.tolist(), *few]}
         image_of = embeddings.some_images(wanted)
-        few_TMD = _tile([image_of[block.corpus[i]] for i in few])
+        few_MTD = _tile([image_of[block.corpus[i]] for i in few])
         scores, lows = [], []
         for first in range(0, len(query_QD), IMAGE_TILE):
             part = slice(first, first + IMAGE_TILE)
@@ -210,7 +210,7 @@ def write_anchors(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
             scorer(_tile([image_of[name] for name in own]), tile_QM)
             scores.append(tile_QM.diagonal().cpu())
             few_QM = torch.empty(scorer.queries, len(few), device=scorer.device)
-            scorer(few_TMD, few_QM)
+            scorer(few_MTD, few_QM)
             # A hundred images reach 2.6 deviations below their mean, a million about 4.9.
             low, mean = few_QM.amin(dim=1), few_QM.mean(dim=1)
             lows.append((low - 0.9 * (mean - low)).cpu())
@@ -225,8 +225,8 @@ def write_anchors(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
 
 
 def _tile(images: Sequence[np.ndarray]) -> Tensor:
-    """Images [T, D] as a tile [T, m, D], float32."""
-    return torch.from_numpy(np.stack(images, axis=1).astype(np.float32))
+    """Images [T, D] as a tile [m, T, D], float32."""
+    return torch.from_numpy(np.stack(images).astype(np.float32))
 
 
 def _read_anchors(

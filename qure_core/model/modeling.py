@@ -21,7 +21,6 @@ from qure_core.base.errors import InputError
 from qure_core.model.checkpoint_files import OPTIMIZER_FILE
 from qure_core.model.configuration import QuReConfig
 from qure_core.model.qformer import qformer_hidden_states
-from qure_core.model.relevance import relevance_scores
 
 ENCODER_BATCH = 16
 """Images the frozen encoder takes at once, always: products of one shape give the same bits for an
@@ -159,6 +158,12 @@ class QuReModel(PreTrainedModel):
             self.vision_encoder.eval()
         return self
 
+    def trained_parts(self) -> dict[str, nn.Module | nn.Parameter]:
+        """What fine-tuning trains, by name: all but the vision encoder."""
+        parts: dict[str, nn.Module | nn.Parameter] = dict(self.named_children())
+        del parts["vision_encoder"]
+        return parts | dict(self.named_parameters(recurse=False))
+
     def encoder_digest(self) -> str:
         """A digest of the vision encoder's architecture and weights."""
         config = self.config
@@ -231,26 +236,19 @@ class QuReModel(PreTrainedModel):
         assert hidden_BLH is not None
         return F.normalize(self.text_proj(hidden_BLH[:, 0]), dim=-1)
 
-    def score(self, query_QD: Tensor, image_MTD: Tensor) -> Tensor:
-        """`relevance_scores`, without the temperature: [Q, M]."""
-        return relevance_scores(query_QD, image_MTD)
-
     def forward(
         self,
         vision: Tensor,
         reference_B: Tensor,
         answer_A: Tensor,
-        target_B: Tensor,
-        negative_B: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
-    ) -> Tensor:
-        """Scores of each triplet's target and negative, divided by the temperature: [B, 2].
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings of a batch: its composed queries [B, D] and its answers [A, T, D].
 
-        ``vision`` [U, P, W] is the encoder's output for the batch's distinct images.
-        ``reference_B`` and ``answer_A`` index it; ``target_B`` and ``negative_B`` index
-        ``answer_A``, the distinct targets and negatives. So no image is embedded twice, and
-        images and queries go through the Q-Former as one batch.
+        ``vision`` [U, P, W] is the encoder's output for the batch's distinct images, which
+        ``reference_B`` and ``answer_A`` (the distinct targets and negatives) index. So no image is
+        embedded twice, and images and queries go through the Q-Former as one batch.
         """
         answers = answer_A.shape[0]
         hidden_RTH, _ = self._hidden_states(
@@ -258,8 +256,4 @@ class QuReModel(PreTrainedModel):
         )
         assert hidden_RTH is not None
         image_ATD = self._image_embeddings(hidden_RTH[:answers])
-        query_BD = F.normalize(self._query_means(hidden_RTH[answers:]), dim=-1)
-        # Of all pairs: picking the images first would sum their gradients in no fixed order.
-        scores_BA = torch.einsum("bd,atd->bat", query_BD, image_ATD).amax(dim=-1)
-        scores_B2 = scores_BA.gather(1, torch.stack([target_B, negative_B], dim=1))
-        return scores_B2 / self.temperature
+        return F.normalize(self._query_means(hidden_RTH[answers:]), dim=-1), image_ATD

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.normalizers import BertNormalizer
@@ -16,7 +15,8 @@ from torch import Tensor
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from qure_core.base.errors import InputError
-from qure_core.data.images import normalise, preprocess_to_bytes
+from qure_core.data.images import preprocess_to_bytes
+from qure_core.data.loader import pixel_values
 from qure_core.data.text import clean_text
 
 PROCESSOR_FILE = "qure_processor.json"
@@ -34,17 +34,10 @@ class QuReProcessor:
         self.image_size = image_size
         self.max_text_tokens = max_text_tokens
 
-    def image_bytes(self, image: Image.Image) -> np.ndarray:
-        """Padded, resized and cropped pixels, uint8 [3, S, S]."""
-        return preprocess_to_bytes(image, self.image_size)
-
-    def pixel_values(self, pixels_BCHW: np.ndarray) -> Tensor:
-        """uint8 [B, 3, S, S] to the model's normalised float32 input of the same shape."""
-        return torch.from_numpy(normalise(pixels_BCHW))
-
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """PIL images to ``pixel_values`` [B, 3, S, S]."""
-        return self.pixel_values(np.stack([self.image_bytes(image) for image in images]))
+        pixels = [preprocess_to_bytes(image, self.image_size) for image in images]
+        return pixel_values(np.stack(pixels))
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Clean and tokenise: ``input_ids`` and ``attention_mask``, both int64 [B, L].

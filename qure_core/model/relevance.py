@@ -11,13 +11,11 @@ from qure_core.base.errors import InputError
 def relevance_scores(query_QD: Tensor, image_MTD: Tensor) -> Tensor:
     """Relevance of every image to every query: max over tokens of the inner product, [Q, M].
 
-    No temperature: it changes no order. One product per token and a running maximum, so that
-    nothing of size Q x M x T exists.
+    No temperature: it changes no order. One product, which takes Q x M x T values: whoever scores a
+    corpus does so tile by tile. Differentiable, and of all pairs even where a loss needs few:
+    picking images first would sum their gradients in no fixed order.
     """
-    scores_QM = query_QD @ image_MTD[:, 0].T
-    for token in range(1, image_MTD.shape[1]):
-        scores_QM = torch.maximum(scores_QM, query_QD @ image_MTD[:, token].T)
-    return scores_QM
+    return torch.einsum("qd,mtd->qmt", query_QD, image_MTD).amax(dim=-1)
 
 
 def refuse_bad_scores(scores_QM: Tensor) -> None:

@@ -16,7 +16,7 @@ import ray.data
 import torch
 from torch import Tensor
 
-from qure_core.base.errors import InputError, input_error
+from qure_core.base.errors import bad_input_of_workers
 from qure_core.data.schema import Triplet
 from qure_core.embeddings.shards import EmbeddingShards
 from qure_core.ranking.tiles import QUERY_TILE, Scorer, query_embeddings, score_chunks
@@ -135,12 +135,8 @@ def map_blocks(
     tasks = ray.data.from_arrow(tables).map_batches(
         run, batch_size=1, **(resources or {"num_cpus": 1})
     )
-    try:
+    with bad_input_of_workers(blame):
         for row in tasks.iter_rows():
             results.append(row)
             progress.advance(size(int(row["block"]), int(row["part"])))
-    except Exception as error:
-        if (bad := input_error(error)) is not None:
-            raise InputError(f"{blame}: {bad}" if blame else str(bad)) from error
-        raise
     return sorted(results, key=lambda row: (row["block"], row["part"]))

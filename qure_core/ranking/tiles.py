@@ -1,8 +1,8 @@
 """Scores of queries against a corpus, tile by tile.
 
 Scores are computed in tiles cut from a fixed grid over the sorted queries and the sorted corpus,
-one product per image token and a running maximum, so a score has the same bits under any number of
-shards and any block size, and nothing of size queries x images x tokens ever exists.
+so a score has the same bits under any number of shards and any block size, and of the products of
+queries with image tokens only a tile's ever exist.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qure_core.embeddings.shards import EmbeddingShards
+from qure_core.model.relevance import relevance_scores
 from qure_core.runtime.resources import granted_device
 
 QUERY_TILE = 256
@@ -40,7 +41,7 @@ def query_embeddings(embeddings: EmbeddingShards, query_ids: Sequence[str]) -> T
 def corpus_tiles(
     embeddings: EmbeddingShards, corpus: Sequence[str], first: int = 0, last: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first column, embeddings [T, m, D]) of consecutive corpus images of the grid.
+    """Yield (first column, embeddings [m, T, D]) of consecutive corpus images of the grid.
 
     ``first`` and ``last`` limit the columns; ``first`` is a multiple of ``IMAGE_TILE``. A tile is
     valid until the next one is asked for.
@@ -48,7 +49,7 @@ def corpus_tiles(
     assert first % IMAGE_TILE == 0
     last = len(corpus) if last is None else last
     wanted = set(corpus[first:last])
-    tile_TMD = torch.empty(embeddings.tokens, IMAGE_TILE, embeddings.width)
+    tile_MTD = torch.empty(IMAGE_TILE, embeddings.tokens, embeddings.width)
     start, filled = first, 0
     shards = embeddings.shards_between(corpus[first], corpus[last - 1])
     for shard in shards:
@@ -61,13 +62,13 @@ def corpus_tiles(
             # Neighbours, as in a corpus of every image, need no copy of their own.
             together = take[-1] - take[0] + 1 == len(take)
             part = values[take[0] : take[-1] + 1] if together else values[take]
-            tile_TMD[:, filled : filled + len(take)] = _read_only(part).transpose(0, 1)
+            tile_MTD[filled : filled + len(take)] = _read_only(part)
             filled += len(take)
             if filled == IMAGE_TILE:
-                yield start, tile_TMD
+                yield start, tile_MTD
                 start, filled = start + IMAGE_TILE, 0
     if filled:
-        yield start, tile_TMD[:, :filled]
+        yield start, tile_MTD[:filled]
         start += filled
     assert start == last, f"{last - start} corpus images have no embedding"
 
@@ -94,22 +95,17 @@ class Scorer:
         # Every tile is whole, of images too: products of one shape give the same bits anywhere.
         self.tiles = whole.to(self.device, dtype).split(QUERY_TILE)
 
-    def __call__(self, image_TMD: Tensor, out_QM: Tensor) -> None:
+    def __call__(self, image_MTD: Tensor, out_QM: Tensor) -> None:
         """Relevance of a tile of images to every query, no temperature, into ``out_QM``."""
-        filled = image_TMD.shape[1]
-        image_TMD = image_TMD.to(self.device, self.dtype)
+        filled = image_MTD.shape[0]
+        image_MTD = image_MTD.to(self.device, self.dtype)
         if filled < IMAGE_TILE:
-            image_TMD = torch.nn.functional.pad(image_TMD, (0, 0, 0, IMAGE_TILE - filled))
-        shape = (QUERY_TILE, IMAGE_TILE)
-        best, other = (torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+            image_MTD = torch.nn.functional.pad(image_MTD, (0, 0, 0, 0, 0, IMAGE_TILE - filled))
         for number, tile_QD in enumerate(self.tiles):
-            torch.mm(tile_QD, image_TMD[0].T, out=best)
-            for token_MD in image_TMD[1:]:
-                torch.mm(tile_QD, token_MD.T, out=other)
-                torch.maximum(best, other, out=best)
+            scores_QM = relevance_scores(tile_QD, image_MTD)
             first = number * QUERY_TILE
             rows = out_QM[first : first + QUERY_TILE]
-            rows.copy_(best[: len(rows), :filled])
+            rows.copy_(scores_QM[: len(rows), :filled])
 
 
 def score_chunks(
@@ -125,9 +121,9 @@ def score_chunks(
     columns = min(-(-columns // IMAGE_TILE) * IMAGE_TILE, last - first)
     buffer_QC = torch.empty(scorer.queries, columns, device=scorer.device)
     start, filled = first, 0
-    for tile_start, image_TMD in corpus_tiles(embeddings, corpus, first, last):
-        stop = tile_start + image_TMD.shape[1]
-        scorer(image_TMD, buffer_QC[:, filled : filled + stop - tile_start])
+    for tile_start, image_MTD in corpus_tiles(embeddings, corpus, first, last):
+        stop = tile_start + len(image_MTD)
+        scorer(image_MTD, buffer_QC[:, filled : filled + stop - tile_start])
         filled = stop - start
         if filled == columns or stop == last:
             yield start, buffer_QC[:, :filled]

@@ -86,6 +86,18 @@ def _credentials(values: dict[str, Any], prefix: str = "") -> list[str]:
     return lines
 
 
+def parse_settings(values: dict[str, Any], source: str) -> Settings:
+    """Settings as ``source`` keeps them; those that it has not have their defaults."""
+    try:
+        return Settings(**values)
+    except (ValidationError, TypeError) as error:
+        found = _messages(error) if isinstance(error, ValidationError) else [str(error)]
+        raise InputError(
+            f"{source}: not settings of this version ({'; '.join(found[:3])}); it was changed, or "
+            "a later version wrote it"
+        ) from None
+
+
 def load_settings(
     arguments: Sequence[str],
     prog: str,

@@ -6,210 +6,265 @@ of workers and after any restart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Protocol
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qure_core.base.seeds import derive, generator
-from qure_core.data.images import load_image
+from qure_core.data.loader import VisionLoader
 from qure_core.data.schema import Triplet
 from qure_core.model import QuReProcessor
-
-
-def random_negative(triplet: Triplet, corpus: Sequence[str], seed: int, epoch: int) -> str:
-    """The warm-up's negative: uniform over the corpus except the target."""
-    rng = generator(seed, "warm-up negative", epoch, triplet.query_id)
-    choice = int(rng.integers(len(corpus) - 1))
-    # Skip over the target's place in the sorted corpus, which holds it exactly once.
-    return corpus[choice] if corpus[choice] < str(triplet.target_id) else corpus[choice + 1]
-
-
-def mined_negative(
-    query_id: str, negatives: np.ndarray, seed: int, mined_at: int, epoch: int
-) -> str:
-    """One hard negative an epoch, without replacement until the set is exhausted, then afresh."""
-    cycle, place = divmod(epoch - mined_at, len(negatives))
-    rng = generator(seed, "hard negative", mined_at, query_id, cycle)
-    return str(negatives[rng.permutation(len(negatives))[place]])
-
-
-class VisionLoader(Protocol):
-    """Gives one model input, called ``name``, of images by id."""
-
-    name: str
-
-    def __call__(self, image_ids: Sequence[str]) -> Tensor: ...
-
-
-@dataclass
-class ImageLoader:
-    """Decodes and preprocesses images by id, in threads, keeping the latest in memory.
-
-    ``cache_mb`` bounds the preprocessed pixels that are kept, MB.
-    """
-
-    images: dict[str, str]
-    processor: QuReProcessor
-    max_pixels: int
-    threads: int
-    cache_mb: int
-
-    name = "pixel_values"
-
-    def __post_init__(self) -> None:
-        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        kept = self.cache_mb * 2**20 // (3 * self.processor.image_size**2)
-        self._cached = lru_cache(maxsize=kept)(self._one)
-
-    def _one(self, image_id: str) -> np.ndarray:
-        return self.processor.image_bytes(load_image(self.images[image_id], self.max_pixels))
-
-    def __call__(self, image_ids: Sequence[str]) -> Tensor:
-        """Model input of the named images: float32 [B, 3, S, S]."""
-        return self.processor.pixel_values(np.stack(list(self.pool.map(self._cached, image_ids))))
 
 
 @dataclass(frozen=True)
 class Batch:
     """One worker's part of a global batch.
 
-    inputs: the model's keyword arguments. weight_B: 1 for each sample, or 0 for the filler of a
-    worker that got none of a last, short batch. count: samples of the whole global batch.
+    inputs: the step's keyword arguments. weight_B: 1 for each sample, or 0 for the filler of a
+    worker that got none of a last, short batch. count: samples of the whole global batch. names:
+    the samples of this part, by query or image id.
     """
 
     inputs: dict[str, Tensor]
     weight_B: Tensor
     count: int
+    names: tuple[str, ...]
 
     def pin_memory(self) -> Batch:
         """In memory that a GPU copies from while the program goes on."""
         pinned = {name: value.pin_memory() for name, value in self.inputs.items()}
-        return Batch(pinned, self.weight_B.pin_memory(), self.count)
+        return Batch(pinned, self.weight_B.pin_memory(), self.count, self.names)
 
     def to(self, device: torch.device) -> Batch:
         moved = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return Batch(moved, self.weight_B.to(device, non_blocking=True), self.count)
+        weight_B = self.weight_B.to(device, non_blocking=True)
+        return Batch(moved, weight_B, self.count, self.names)
 
 
-def worker_part(batch: np.ndarray, rank: int, workers: int) -> tuple[np.ndarray, float]:
-    """This worker's samples of a global batch and their weight; never empty."""
-    part = np.array_split(batch, workers)[rank]
-    return (part, 1.0) if len(part) else (batch[:1], 0.0)
+@dataclass(frozen=True)
+class Share:
+    """Which worker this is, of how many."""
+
+    rank: int = 0
+    workers: int = 1
+
+    def parts(self, samples: int) -> list[np.ndarray]:
+        """Every worker's samples of a global batch; some are empty if there are too few."""
+        return np.array_split(np.arange(samples), self.workers)
+
+    def own(self, samples: int) -> tuple[np.ndarray, float]:
+        """This worker's samples and their weight; one, of no weight, in the place of none."""
+        part = self.parts(samples)[self.rank]
+        return (part, 1.0) if len(part) else (np.arange(1), 0.0)
 
 
-def triplet_batch(
-    triplets: Sequence[Triplet],
-    negatives: Sequence[str],
-    load: VisionLoader,
-    processor: QuReProcessor,
-    weight: float,
-    count: int,
-) -> Batch:
-    """Model inputs of these triplets; each distinct image is loaded once."""
-    references = [t.reference_id for t in triplets]
-    targets = [str(t.target_id) for t in triplets]
-    distinct = sorted({*references, *targets, *negatives})
-    answers = sorted({*targets, *negatives})
-    row = {image_id: i for i, image_id in enumerate(distinct)}
-    answer = {image_id: i for i, image_id in enumerate(answers)}
-    input_ids, mask = processor.texts([t.text for t in triplets])
-    inputs = {
-        load.name: load(distinct),
-        "reference_B": torch.tensor([row[i] for i in references]),
-        "answer_A": torch.tensor([row[i] for i in answers]),
-        "target_B": torch.tensor([answer[i] for i in targets]),
-        "negative_B": torch.tensor([answer[i] for i in negatives]),
-        "input_ids": input_ids,
-        "attention_mask": mask,
-    }
-    return Batch(inputs, torch.full((len(triplets),), weight), count)
+def exchange(
+    what: str, lengths: Sequence[int], own: int, kept: Sequence[tuple[int, int]]
+) -> dict[str, Tensor]:
+    """How workers bring rows together of which they have different numbers (`steps.gathered`).
 
-
-def triplet_batches(
-    triplets: Sequence[Triplet],
-    negative_of: Callable[[Triplet], str],
-    load: VisionLoader,
-    processor: QuReProcessor,
-    *,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    rank: int,
-    workers: int,
-) -> list[Callable[[], Batch]]:
-    """An epoch's batches as functions that build them; the last, short batch is kept."""
-    order = generator(seed, "order", epoch).permutation(len(triplets))
-    steps: list[Callable[[], Batch]] = []
-    for start in range(0, len(order), batch_size):
-        whole = order[start : start + batch_size]
-        part, weight = worker_part(whole, rank, workers)
-
-        def build(
-            part: np.ndarray = part, weight: float = weight, count: int = len(whole)
-        ) -> Batch:
-            chosen = [triplets[i] for i in part]
-            negatives = [negative_of(triplet) for triplet in chosen]
-            return triplet_batch(chosen, negatives, load, processor, weight, count)
-
-        steps.append(build)
-    return steps
-
-
-def caption_batches(
-    captions: dict[str, str],
-    load: VisionLoader,
-    processor: QuReProcessor,
-    *,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    rank: int,
-    workers: int,
-) -> list[Callable[[], Batch]]:
-    """An epoch's image-caption batches for contrastive pretraining; a short last one is dropped.
-
-    The contrast is over the global batch, whose size would otherwise change its meaning.
+    "send_" + what: the rows that this worker sends, as many as any has: its ``own`` and the last
+    again. "take_" + what: which of all rows sent make the whole: those ``kept``, by worker and row.
     """
-    image_ids = sorted(captions)
-    order = generator(seed, "caption order", epoch).permutation(len(image_ids))
+    most = max(1, *lengths)
+    return {
+        f"send_{what}": torch.arange(most).clamp(max=own - 1),
+        f"take_{what}": torch.tensor([worker * most + row for worker, row in kept]),
+    }
+
+
+Negatives = Callable[[Triplet], tuple[str, ...]]
+_Query = tuple[str, str, str]
+
+
+def _query(triplet: Triplet) -> _Query:
+    """What is asked, whatever the answer."""
+    return triplet.category, triplet.reference_id, triplet.text
+
+
+@dataclass(frozen=True)
+class TripletBatches:
+    """Builds batches of triplets with ``negative_of`` each; every distinct image is loaded once.
+
+    in_batch: give the whole batch's answers to every worker, as an in-batch objective needs.
+    """
+
+    triplets: Sequence[Triplet]
+    negative_of: Negatives
+    load: VisionLoader
+    processor: QuReProcessor
+    in_batch: bool = False
+
+    def __len__(self) -> int:
+        return len(self.triplets)
+
+    def __call__(self, chosen: np.ndarray, share: Share) -> Batch:
+        """This worker's part of the global batch of the triplets at ``chosen``."""
+        part, weight = share.own(len(chosen))
+        own = [self.triplets[chosen[i]] for i in part]
+        negatives = [self.negative_of(triplet) for triplet in own]
+        references = [triplet.reference_id for triplet in own]
+        answers = _answers(own, negatives)
+        distinct = sorted({*references, *answers})
+        row = {image_id: i for i, image_id in enumerate(distinct)}
+        input_ids, mask = self.processor.texts([triplet.text for triplet in own])
+        inputs = {
+            self.load.name: self.load(distinct),
+            "reference_B": torch.tensor([row[i] for i in references]),
+            "answer_A": torch.tensor([row[i] for i in answers]),
+            "input_ids": input_ids,
+            "attention_mask": mask,
+        }
+        if not self.in_batch:
+            labels = _labels(own, negatives, answers, weight > 0)
+        elif share.workers == 1:
+            labels = _labels(own, negatives, answers)
+            labels |= {"candidate_BA": self._candidates(own, negatives, answers)}
+        else:
+            labels = self._whole(chosen, share, len(own), answers)
+        names = tuple(triplet.query_id for triplet in own)
+        weight_B = torch.full((len(own),), weight)
+        return Batch(inputs | labels, weight_B, len(chosen), names)
+
+    @cached_property
+    def _targets(self) -> dict[_Query, set[str]]:
+        """Targets of all triplets by query: images known to fit it."""
+        targets: dict[_Query, set[str]] = {}
+        for triplet in self.triplets:
+            targets.setdefault(_query(triplet), set()).add(str(triplet.target_id))
+        return targets
+
+    def _candidates(
+        self,
+        triplets: Sequence[Triplet],
+        negatives: Sequence[tuple[str, ...]],
+        answers: Sequence[str],
+    ) -> Tensor:
+        """Which answers may stand as each triplet's negatives (`Outputs.candidate_BA`)."""
+        column = {image_id: i for i, image_id in enumerate(answers)}
+        of_category: dict[str, list[int]] = {}
+        for triplet, own in zip(triplets, negatives, strict=True):
+            columns = [column[name] for name in (str(triplet.target_id), *own)]
+            of_category.setdefault(triplet.category, []).extend(columns)
+        candidate_BA = torch.zeros(len(triplets), len(answers), dtype=torch.bool)
+        for row, (triplet, own) in enumerate(zip(triplets, negatives, strict=True)):
+            candidate_BA[row, of_category[triplet.category]] = True
+            left_out = {triplet.reference_id, *self._targets[_query(triplet)]}
+            candidate_BA[row, [column[name] for name in left_out if name in column]] = False
+            candidate_BA[row, [column[name] for name in own]] = True
+        return candidate_BA
+
+    def _whole(
+        self, chosen: np.ndarray, share: Share, own: int, own_answers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Labels of the whole batch, and how its vectors are brought together."""
+        triplets = [self.triplets[i] for i in chosen]
+        negatives = [self.negative_of(triplet) for triplet in triplets]
+        parts = share.parts(len(chosen))
+        answers_of = [
+            _answers([triplets[i] for i in part], [negatives[i] for i in part]) for part in parts
+        ]
+        answers = sorted(set().union(*answers_of))
+        place: dict[str, tuple[int, int]] = {}
+        for worker, names in enumerate(answers_of):
+            for number, name in enumerate(names):
+                place.setdefault(name, (worker, number))
+        rows = [(worker, row) for worker, part in enumerate(parts) for row in range(len(part))]
+        counts = [len(names) for names in answers_of]
+        first = int(parts[share.rank][0]) if len(parts[share.rank]) else 0
+        return {
+            **_labels(triplets, negatives, answers),
+            "candidate_BA": self._candidates(triplets, negatives, answers),
+            **exchange("queries", [len(part) for part in parts], own, rows),
+            **exchange("answers", counts, len(own_answers), [place[name] for name in answers]),
+            "own_B": torch.arange(first, first + own),
+        }
+
+
+def _answers(triplets: Sequence[Triplet], negatives: Sequence[tuple[str, ...]]) -> list[str]:
+    """The distinct targets and negatives, sorted."""
+    targets = {str(triplet.target_id) for triplet in triplets}
+    return sorted(targets.union(*negatives))
+
+
+def _labels(
+    triplets: Sequence[Triplet],
+    negatives: Sequence[tuple[str, ...]],
+    answers: Sequence[str],
+    valid: bool = True,
+) -> dict[str, Tensor]:
+    column = {image_id: i for i, image_id in enumerate(answers)}
+    return {
+        "target_B": torch.tensor([column[str(triplet.target_id)] for triplet in triplets]),
+        "negative_BK": torch.tensor([[column[name] for name in own] for own in negatives]),
+        "valid_B": torch.full((len(triplets),), valid),
+    }
+
+
+@dataclass(frozen=True)
+class CaptionBatches:
+    """Builds batches of captioned images (captions by image id) for contrastive pretraining."""
+
+    captions: Mapping[str, str]
+    load: VisionLoader
+    processor: QuReProcessor
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __call__(self, chosen: np.ndarray, share: Share) -> Batch:
+        """This worker's part of the global batch of the images at ``chosen`` of the sorted ids."""
+        image_ids = sorted(self.captions)
+        whole = [image_ids[i] for i in chosen]
+        part, weight = share.own(len(chosen))
+        input_ids, mask = self.processor.texts([self.captions[name] for name in whole])
+        same_NN = (input_ids[:, None] == input_ids[None]).all(dim=-1).float()
+        own = [whole[i] for i in part]
+        inputs = {
+            self.load.name: self.load(own),
+            "input_ids": input_ids[part],
+            "attention_mask": mask[part],
+            "same_BN": same_NN[part],
+        }
+        if share.workers > 1:
+            parts = share.parts(len(chosen))
+            rows = [(worker, row) for worker, p in enumerate(parts) for row in range(len(p))]
+            inputs |= exchange("pairs", [len(p) for p in parts], len(own), rows)
+        return Batch(inputs, torch.full((len(own),), weight), len(chosen), tuple(own))
+
+
+def epoch_batches(
+    build: TripletBatches | CaptionBatches,
+    order: np.ndarray,
+    batch_size: int,
+    share: Share,
+    keep_short: bool = True,
+) -> list[Callable[[], Batch]]:
+    """An epoch's batches as functions that build them, of samples in ``order``.
+
+    Without ``keep_short`` a short last batch is left out: a contrast over the batch would mean
+    something else.
+    """
     size = min(batch_size, len(order))
+    stop = len(order) if keep_short else len(order) - size + 1
     steps: list[Callable[[], Batch]] = []
-    for start in range(0, len(order) - size + 1, size):
-        part = np.array_split(order[start : start + size], workers)[rank]
+    for start in range(0, stop, size):
+        chosen = order[start : start + size]
 
-        def build(part: np.ndarray = part) -> Batch:
-            chosen = [image_ids[i] for i in part]
-            input_ids, mask = processor.texts([captions[i] for i in chosen])
-            inputs = {
-                load.name: load(chosen),
-                "input_ids": input_ids,
-                "attention_mask": mask,
-            }
-            return Batch(inputs, torch.ones(len(chosen)), size)
+        def step(chosen: np.ndarray = chosen) -> Batch:
+            return build(chosen, share)
 
-        steps.append(build)
+        steps.append(step)
     return steps
 
 
-def prefetched(steps: Sequence[Callable[[], Any]], depth: int = 2) -> Iterator[Any]:
-    """Results of ``steps`` in order, built by a background thread ``depth`` ahead."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        waiting: list[Future[Any]] = [pool.submit(step) for step in steps[:depth]]
-        try:
-            for number in range(len(steps)):
-                result = waiting.pop(0).result()
-                if number + depth < len(steps):
-                    waiting.append(pool.submit(steps[number + depth]))
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()
+def epoch_order(samples: int, seed: int, epoch: int, stream: str = "order") -> np.ndarray:
+    """The order in which an epoch meets its samples."""
+    return generator(seed, stream, epoch).permutation(samples)
 
 
 def step_seed(seed: int, stage: str, epoch: int, step: int, rank: int) -> int:

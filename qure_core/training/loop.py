@@ -22,25 +22,34 @@ from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
 from qure_core.data import read_split
+from qure_core.data.loader import ImageLoader, VisionLoader
 from qure_core.data.schema import Triplet
+from qure_core.embeddings.encoder import Encoder
 from qure_core.features.store import StoredFeatures
 from qure_core.mining.mined_set import read_mined_set
 from qure_core.model import QuReModel, QuReProcessor, load_model
 from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch, prune_checkpoints
 from qure_core.model.checkpoints import load_optimizer, save_checkpoint
 from qure_core.model.modeling import check_finite
+from qure_core.objectives import make_objective
 from qure_core.runtime.progress import format_seconds
 from qure_core.training.batches import (
     Batch,
-    ImageLoader,
-    VisionLoader,
-    caption_batches,
-    mined_negative,
-    random_negative,
+    CaptionBatches,
+    Share,
+    TripletBatches,
+    epoch_batches,
+    epoch_order,
     step_seed,
-    triplet_batches,
 )
-from qure_core.training.optimisation import Optimisation, autocast_type, make_optimizer
+from qure_core.training.negatives import mined_negatives, random_negatives
+from qure_core.training.optimisation import (
+    EpochSums,
+    NotFinite,
+    Optimisation,
+    autocast_type,
+    make_optimizer,
+)
 from qure_core.training.schedule import learning_rate
 from qure_core.training.segment import Segment
 from qure_core.training.steps import CaptionStep, TripletStep
@@ -60,22 +69,20 @@ class _Task:
 
 
 def _make_task(
-    segment: Segment, model: QuReModel, load: VisionLoader, processor: QuReProcessor
+    segment: Segment, model: QuReModel, load: VisionLoader, processor: QuReProcessor, share: Share
 ) -> _Task:
     settings = Settings(**segment.settings)
-    context = ray.train.get_context()
-    where = {"rank": context.get_world_rank(), "workers": context.get_world_size()}
     seed = settings.run.seed
+    build: TripletBatches | CaptionBatches
     if segment.stage == "pretrain":
         captions = storage.read_json(storage.join(segment.run_dir, "data", "captions.json"))
         pretrain = settings.pretrain
         model.freeze_vision_encoder(False)
+        build = CaptionBatches(captions, load, processor)
 
         def caption_epoch(epoch: int) -> Sequence[Callable[[], Batch]]:
-            size = pretrain.batch_size
-            return caption_batches(
-                captions, load, processor, batch_size=size, seed=seed, epoch=epoch, **where
-            )
+            order = epoch_order(len(captions), seed, epoch, "caption order")
+            return epoch_batches(build, order, pretrain.batch_size, share, keep_short=False)
 
         return _Task(
             CaptionStep(model, pretrain.label_smoothing),
@@ -92,28 +99,23 @@ def _make_task(
         storage.join(segment.run_dir, "data", "corpora.json")
     )
     mined = read_mined_set(segment.mined_uri).negatives() if segment.mined_uri else None
+    objective = make_objective(settings.objective.name, settings.objective.options)
+    count = train.negatives_per_triplet
 
     def triplet_epoch(epoch: int) -> Sequence[Callable[[], Batch]]:
-        def negative_of(triplet: Triplet) -> str:
+        def negatives_of(triplet: Triplet) -> tuple[str, ...]:
             if mined is None:
-                return random_negative(triplet, corpora[triplet.category], seed, epoch)
+                return random_negatives(triplet, corpora[triplet.category], seed, epoch, count)
             assert segment.mined_at is not None
             query = triplet.query_id
-            return mined_negative(query, mined[query], seed, segment.mined_at, epoch)
+            return mined_negatives(query, mined[query], seed, segment.mined_at, epoch, count)
 
-        return triplet_batches(
-            split.triplets,
-            negative_of,
-            load,
-            processor,
-            batch_size=train.batch_size,
-            seed=seed,
-            epoch=epoch,
-            **where,
-        )
+        build = TripletBatches(split.triplets, negatives_of, load, processor, objective.in_batch)
+        order = epoch_order(len(split.triplets), seed, epoch)
+        return epoch_batches(build, order, train.batch_size, share)
 
     return _Task(
-        TripletStep(model),
+        TripletStep(model, objective),
         train.epochs,
         train.lr,
         train.lr * train.final_lr_ratio,
@@ -144,19 +146,17 @@ def train_segment(segment: Segment, board: Any = None) -> None:
     if segment.features:
         load = StoredFeatures(segment.features, split.images, settings.feature_store.cache_dir)
     else:
-        limit, threads = settings.data.max_image_pixels, cluster.decode_threads
-        load = ImageLoader(split.images, processor, limit, threads, cluster.image_cache_mb)
-    task = _make_task(segment, model, load, processor)
+        limit, size = settings.data.max_image_pixels, processor.image_size
+        load = ImageLoader(
+            split.images, size, limit, cluster.decode_threads, cluster.image_cache_mb
+        )
+    task = _make_task(segment, model, load, processor, Share(rank, workers))
     model.train()
-    encoder = model.vision_encoder
-    fine_tuning = segment.stage == "train"
-    if fine_tuning:
-        # Frozen and apart: no worker exchanges it, and with stored features no GPU holds it.
-        model.vision_encoder = nn.Identity()
     if settings.train.compile:
         task.step.compile()
     step_module = ray.train.torch.prepare_model(task.step)
     dtype = autocast_type(settings.train.precision, device)
+    encoder = Encoder(model, processor, device, settings.model.vision_precision)
     optimisation = Optimisation(
         step=step_module,
         optimizer=make_optimizer(model, task.lr, task.weight_decay),
@@ -164,8 +164,7 @@ def train_segment(segment: Segment, board: Any = None) -> None:
         device=device,
         dtype=dtype,
         workers=workers,
-        encoder=encoder.to(device) if fine_tuning and not segment.features else None,
-        vision_precision=settings.model.vision_precision,
+        encoder=encoder if segment.stage == "train" else None,
     )
     optimizer, scaler = optimisation.optimizer, optimisation.scaler
     if state := load_optimizer(start):
@@ -196,17 +195,19 @@ def train_segment(segment: Segment, board: Any = None) -> None:
             if rank == 0 and done % settings.train.log_every == 0:
                 _print_progress(segment, task, epoch, done, steps, meter)
 
-        sums, counts = optimisation.epoch(steps, seed_of, meter, progress)
+        try:
+            sums = optimisation.epoch(steps, seed_of, meter, progress, settings.train.log_every)
+        except NotFinite as fault:
+            raise not_finite(fault, segment.stage, epoch) from None
         speed, measured = meter.line(), meter.facts()  # before the checkpoint is written
-        losses = [value / count for value, count in zip(sums, counts, strict=True)]
-        check_learning(losses, model, segment.stage, epoch)
+        check_weights(model, segment.stage, epoch)
         facts: dict[str, Any] = {
             "stage": segment.stage,
             "epoch": epoch + 1,
-            "loss": sum(sums) / sum(counts),
+            **epoch_figures(sums),
             "lr": rate,
             "temperature": float(model.temperature.detach()),
-            "samples": sum(counts),
+            "samples": sum(sums.counts),
             **measured,
             "features": "stored" if segment.features else "computed",
             "negatives": "captions"
@@ -215,24 +216,18 @@ def train_segment(segment: Segment, board: Any = None) -> None:
         }
         tell("saving a checkpoint", epoch + 1, len(steps) * (epoch + 1 - first), total)
         if rank == 0:
-            _write_epoch(segment, epoch, losses, facts)
+            _write_epoch(segment, epoch, sums, facts)
             uri = checkpoint_uri(segment.run_dir, segment.stage, epoch + 1)
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            model.vision_encoder = encoder
             save_checkpoint(uri, model, processor, facts, state)
-            if fine_tuning:
-                model.vision_encoder = nn.Identity()
             prune_checkpoints(
                 segment.run_dir,
                 segment.stage,
                 {0, *segment.keep},
                 settings.train.keep_checkpoints,
             )
-            print(
-                f"[{segment.stage}] epoch {epoch + 1}/{task.epochs}: loss {facts['loss']:.4f}, "
-                f"lr {rate:.2e}, temperature {facts['temperature']:.4f}, {speed}",
-                flush=True,
-            )
+            line = f"[{segment.stage}] epoch {epoch + 1}/{task.epochs}: {told(facts)}, {speed}"
+            print(line, flush=True)
             tell.epoch(facts)
         ray.train.report({"epoch": epoch + 1, "loss": facts["loss"]})
 
@@ -279,23 +274,60 @@ def _print_progress(
     )
 
 
-def check_learning(losses: list[float], model: QuReModel, stage: str, epoch: int) -> None:
-    """Raise `InputError` if an epoch's losses or weights are not finite: nothing is kept of it."""
-    remedy = f"lower {stage}.lr, or use train.precision fp32 or bf16"
-    for step, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            raise InputError(f"{stage}: loss is {loss} at epoch {epoch + 1}, step {step}; {remedy}")
+def epoch_figures(sums: EpochSums) -> dict[str, Any]:
+    """An epoch's loss and figures, each the mean over its samples."""
+    samples = sum(sums.counts)
+    norms = [norm for norm in sums.norms if math.isfinite(norm)]
+    return {
+        "loss": sum(sums.losses) / samples,
+        **{name: value / samples for name, value in sums.figures.items()},
+        "gradient_norm": sum(norms) / max(len(norms), 1),
+        "skipped_steps": sums.skipped,
+    }
+
+
+def told(facts: dict[str, Any]) -> str:
+    """An epoch's figures for people."""
+    parts = [f"loss {facts['loss']:.4f}"]
+    if "accuracy" in facts:
+        parts.append(f"accuracy {facts['accuracy']:.1%}, margin {facts['margin']:.4f}")
+    parts.append(f"gradient norm {facts['gradient_norm']:.3g}")
+    if facts["skipped_steps"]:
+        parts.append(f"{facts['skipped_steps']:,} steps skipped for their loss scale")
+    parts.append(f"lr {facts['lr']:.2e}, temperature {facts['temperature']:.4f}")
+    return ", ".join(parts)
+
+
+def _remedy(stage: str) -> str:
+    return f"lower {stage}.lr, or use train.precision fp32 or bf16"
+
+
+def not_finite(fault: NotFinite, stage: str, epoch: int) -> InputError:
+    """What is said of a step that could not be made."""
+    names = ", ".join(fault.names[:5]) + (", ..." if len(fault.names) > 5 else "")
+    what = "images" if stage == "pretrain" else "queries"
+    return InputError(
+        f"{stage}: {fault.what} at epoch {epoch + 1}, step {fault.step}, {what} {names}; its "
+        f"update was not made, and the last checkpoint is good; {_remedy(stage)}"
+    )
+
+
+def check_weights(model: QuReModel, stage: str, epoch: int) -> None:
+    """Raise `InputError` if an epoch's weights are not finite: nothing is kept of it."""
     try:
         check_finite(model, f"{stage}, epoch {epoch + 1}")
     except InputError as error:
-        raise InputError(f"{str(error).partition(';')[0]}; {remedy}") from None
+        raise InputError(f"{str(error).partition(';')[0]}; {_remedy(stage)}") from None
 
 
-def _write_epoch(segment: Segment, epoch: int, losses: list[float], facts: dict[str, Any]) -> None:
+def _write_epoch(segment: Segment, epoch: int, sums: EpochSums, facts: dict[str, Any]) -> None:
     """The epoch's lines of metrics, written before its checkpoint commits the epoch."""
     lines: list[dict[str, Any]] = [
-        {"kind": "step", "stage": segment.stage, "epoch": epoch, "step": step, "loss": loss}
-        for step, loss in enumerate(losses)
+        {"kind": "step", "stage": segment.stage, "epoch": epoch, "step": step}
+        | {"loss": loss / count, "gradient_norm": norm if math.isfinite(norm) else None}
+        for step, (loss, count, norm) in enumerate(
+            zip(sums.losses, sums.counts, sums.norms, strict=True)
+        )
     ]
     lines.append({"kind": "epoch", **facts})
     text = "".join(json.dumps(line) + "\n" for line in lines)

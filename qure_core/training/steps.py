@@ -8,25 +8,77 @@ import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
 from qure_core.model import QuReModel
-from qure_core.objectives.losses import bradley_terry_losses, contrastive_losses
+from qure_core.model.relevance import relevance_scores
+from qure_core.objectives import Objective, Outputs
+from qure_core.objectives.contrastive import contrastive_losses
+
+
+def gathered(local: Tensor, send: Tensor, take: Tensor) -> Tensor:
+    """Rows of all workers with their gradients, as `batches.exchange` says."""
+    assert dist.is_initialized(), "a batch of several workers"
+    return torch.cat(list(dist_nn.all_gather(local[send].contiguous())))[take]
 
 
 class TripletStep(nn.Module):
-    """Bradley-Terry loss of each triplet against its sampled negative."""
+    """An objective's losses of triplets, with figures of each.
 
-    def __init__(self, model: QuReModel) -> None:
+    Only what is trained belongs to this module: the frozen encoder is neither moved nor exchanged
+    between workers.
+    """
+
+    def __init__(self, model: QuReModel, objective: Objective) -> None:
         super().__init__()
-        self.model = model
+        self.objective = objective
+        self._model = (model,)  # in a tuple, which registers nothing
+        for name, part in model.trained_parts().items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+            else:
+                self.register_parameter(name, part)
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return bradley_terry_losses(self.model(**inputs))
+    def forward(
+        self,
+        vision: Tensor,
+        reference_B: Tensor,
+        answer_A: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        **labels: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses [B] and figures [B] by name: the objective's, and of all objectives
 
-
-def _gather(local: Tensor) -> Tensor:
-    """Rows of all workers in rank order, with gradients."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return local
-    return torch.cat(list(dist_nn.all_gather(local)))
+        accuracy: the share of a triplet's negatives that score below its target;
+        margin: by how much they do, on average.
+        """
+        query_BD, image_ATD = self._model[0](
+            vision, reference_B, answer_A, input_ids, attention_mask
+        )
+        whole = "own_B" in labels
+        if whole:
+            query_BD, image_ATD = (
+                gathered(values, labels[f"send_{what}"], labels[f"take_{what}"])
+                for what, values in (("queries", query_BD), ("answers", image_ATD))
+            )
+        outputs = Outputs(
+            query_BD,
+            image_ATD,
+            relevance_scores(query_BD, image_ATD),
+            labels["target_B"],
+            labels["negative_BK"],
+            labels["valid_B"],
+            self._model[0].temperature,
+            labels.get("candidate_BA"),
+        )
+        losses_B, figures = self.objective(outputs)
+        margin_BK = (outputs.target_scores() - outputs.negative_scores()).detach().float()
+        figures = figures | {
+            "accuracy": (margin_BK > 0).float().mean(dim=1),
+            "margin": margin_BK.mean(dim=1),
+        }
+        if whole:
+            own_B = labels["own_B"]
+            return losses_B[own_B], {name: value[own_B] for name, value in figures.items()}
+        return losses_B, figures
 
 
 class CaptionStep(nn.Module):
@@ -36,18 +88,29 @@ class CaptionStep(nn.Module):
         super().__init__()
         self.model, self.smoothing = model, smoothing
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        same_BN: Tensor,
+        send_pairs: Tensor | None = None,
+        take_pairs: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses [B]; ``same_BN`` is 1 where a pair of the global batch has the pair's caption."""
         model = self.model
         image_BTD = model.embed_images(model.encode_vision(pixel_values).float())
         text_BD = model.embed_texts(input_ids, attention_mask)
-        image_NTD, text_ND = _gather(image_BTD), _gather(text_BD)
-        ids_NL = _gather(input_ids)
+        image_NTD, text_ND = image_BTD, text_BD
+        if send_pairs is not None and take_pairs is not None:
+            image_NTD = gathered(image_BTD, send_pairs, take_pairs)
+            text_ND = gathered(text_BD, send_pairs, take_pairs)
         image_to_text_BN = torch.einsum("btd,nd->bnt", image_BTD, text_ND).amax(dim=-1)
-        text_to_image_BN = torch.einsum("bd,ntd->bnt", text_BD, image_NTD).amax(dim=-1)
-        same_BN = (input_ids[:, None] == ids_NL[None]).all(dim=-1).float()
-        return contrastive_losses(
+        text_to_image_BN = relevance_scores(text_BD, image_NTD)
+        losses_B = contrastive_losses(
             image_to_text_BN / model.temperature,
             text_to_image_BN / model.temperature,
             same_BN / same_BN.sum(dim=1, keepdim=True),
             self.smoothing,
         )
+        return losses_B, {}

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from qure_core.model import QuReModel, QuReProcessor, learn_tokenizer, preset
+from qure_core.model.relevance import relevance_scores
 
 IMAGES = 8
 
@@ -43,7 +44,7 @@ def main() -> None:
         images = model.embed_images(vision)
         queries = model.embed_queries(vision, *processor.texts(texts))
         marks.append(time.monotonic())
-        scores = model.score(queries, images)
+        scores = relevance_scores(queries, images)
     assert vision.shape == (IMAGES, 257, 1024)
     assert images.shape == (IMAGES, 32, 256)
     assert torch.isfinite(scores).all()

@@ -14,6 +14,7 @@ from PIL import Image
 from qure_core.data.images import normalise, preprocess_to_bytes
 from qure_core.data.text import clean_text
 from qure_core.model import load_lavis_checkpoint
+from qure_core.model.relevance import relevance_scores
 
 GOLDEN = json.loads((GOLDENS / "metrics.json").read_text())["hpfiq_set_score"]
 
@@ -38,5 +39,5 @@ def test_mean_relevance_of_a_set() -> None:
             torch.from_numpy(inputs["input_ids"][row : row + 1]),
             torch.from_numpy(inputs["attention_mask"][row : row + 1]),
         )
-        score = model.score(query, model.embed_images(vision[1:])).mean().item()
+        score = relevance_scores(query, model.embed_images(vision[1:])).mean().item()
     assert score == pytest.approx(GOLDEN["mean_score"], rel=1e-5)

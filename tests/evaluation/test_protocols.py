@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,16 +24,23 @@ from qure_core.evaluation.protocols import (
     circo_summary,
     cirr_submission,
     cirr_summary,
-    count_ties,
     parse_hp_fashioniq,
     preference_summary,
-    ranking,
-    subset_order,
 )
 from qure_core.evaluation.published import PUBLISHED, comparison_table, known_dataset
+from qure_core.evaluation.rows import ranking_row
 
 GOLDEN = json.loads((GOLDENS / "metrics.json").read_text())
 ARRAYS = np.load(GOLDENS / "metrics.npz")
+
+
+def golden_row(triplet: Triplet, scores: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """What an evaluation keeps of a golden row of scores, whose names are in no order."""
+    order = np.argsort(np.asarray(names), kind="stable")
+    corpus = [names[i] for i in order]
+    columns = {name: column for column, name in enumerate(corpus)}
+    own = torch.from_numpy(scores[order])
+    return ranking_row(triplet, own, corpus, columns, top_k=len(names), drop_reference=True)
 
 
 def cirr_case(case: str) -> tuple[dict[str, list[str]], dict[str, list[str]], list[int], list[int]]:
@@ -47,12 +55,12 @@ def cirr_case(case: str) -> tuple[dict[str, list[str]], dict[str, list[str]], li
     ranks, subset_ranks = [], []
     for q, scores in enumerate(get["scores"]):
         reference, target = names[get["reference_col"][q]], names[get["target_col"][q]]
-        order = [names[i] for i in ranking(scores, names) if names[i] != reference]
-        members = [names[i] for i in get["member_cols"][q]]
+        members = tuple(names[i] for i in get["member_cols"][q])
         pair = str(get["pair_ids"][q])
-        whole[pair], subset[pair] = order, subset_order(order, members, reference)
-        ranks.append(order.index(target))
-        subset_ranks.append(subset[pair].index(target))
+        row = golden_row(Triplet(pair, reference, "", target, "cirr", members), scores, names)
+        whole[pair], subset[pair] = row["top_ids"], row["subset_ids"]
+        ranks.append(row["target_rank"])
+        subset_ranks.append(row["subset_ids"].index(target))
     return whole, subset, ranks, subset_ranks
 
 
@@ -83,7 +91,10 @@ def test_cirr_ties_stay_within_the_possible(case: str) -> None:
         assert better <= ranks[q] <= better + equal
         first = sum(scores[i] == scores[target] and names[i] < names[target] for i in others)
         assert ranks[q] == better + first
-        tied += count_ties(scores, target) > 0
+        triplet = Triplet("q", names[reference], "", names[target], "cirr")
+        row = golden_row(triplet, scores, names)
+        assert row["target_ties"] == equal
+        tied += row["target_ties"] > 0
     assert tied
 
 

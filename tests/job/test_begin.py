@@ -20,7 +20,7 @@ from qure_core.job.run import begin, prepare_data, remember_contents, save_confi
 from qure_core.model import build_model, learn_tokenizer
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND, checkpoint_uri
 from qure_core.runtime.settings import load_settings
-from qure_core.training.loop import check_learning
+from qure_core.training.loop import check_weights
 
 
 def settings_of(run: Path, *options: str) -> Settings:
@@ -172,14 +172,10 @@ def test_data_put_right_after_a_failed_attempt_are_taken(own: Path, tmp_path: Pa
         prepare_data(settings)
 
 
-def test_an_epoch_that_went_astray_is_not_kept() -> None:
+def test_weights_that_went_astray_are_not_kept() -> None:
     model, _ = build_model("tiny", learn_tokenizer(["a red dress"], 80), 0.0, seed=0)
-    check_learning([0.1, 0.2], model, "train", 4)
-    for loss in (float("nan"), float("inf")):
-        with pytest.raises(InputError, match=rf"train: loss is {loss} at epoch 5, step 1; lower"):
-            check_learning([0.1, loss], model, "train", 4)
-    # The last step's loss is of the weights before it.
+    check_weights(model, "train", 4)
     with torch.no_grad():
         model.text_proj.weight[0, 0] = torch.nan
     with pytest.raises(InputError, match=r"train, epoch 5: 1 of .* finite .*; lower train\.lr"):
-        check_learning([0.1, 0.2], model, "train", 4)
+        check_weights(model, "train", 4)

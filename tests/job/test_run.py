@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, Runner, job
 from PIL import Image
 from safetensors.torch import load_file
-from test_workers import check_weights, plain_epoch
+from test_workers import Recipe, check_weights, plain_epoch
 
 from qure_core.evaluation.stage import read_rankings
 from qure_core.job.run import save_config
@@ -173,13 +173,16 @@ def test_two_workers_train_the_same_model(
     started(finished, run_dir, options)
     command = [sys.executable, str(ROOT / "pipelines/train.py"), *options]
     kill_when(run_dir / "checkpoints/train-0001/manifest.json", command)
-    expected, losses = plain_epoch(run_dir, batch_size=20, seed=1000, lr=1e-3)
+    expected, losses = plain_epoch(run_dir, Recipe(batch_size=20))
     check_weights(weights(run_dir, 1), expected)
     lines = [
         json.loads(line) for line in (run_dir / "metrics/train-0001.jsonl").read_text().splitlines()
     ]
     assert [x["loss"] for x in lines[:-1]] == pytest.approx(losses, rel=1e-5)
     assert lines[-1]["samples"] == 90
+    # Uniform negatives of a model that has learned next to nothing.
+    assert 0.2 < lines[-1]["accuracy"] < 1
+    assert lines[-1]["gradient_norm"] > 0
 
 
 def test_a_changed_setting_is_refused_on_resume(

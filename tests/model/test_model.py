@@ -49,7 +49,13 @@ def outputs(model: QuReModel, processor: QuReProcessor) -> list[torch.Tensor]:
         vision = model.eval().encode_vision(pixels)
         queries = model.embed_queries(vision, ids, mask)
         images = model.embed_images(vision)
-        return [vision, queries, images, model.embed_texts(ids, mask), model.score(queries, images)]
+        return [
+            vision,
+            queries,
+            images,
+            model.embed_texts(ids, mask),
+            relevance_scores(queries, images),
+        ]
 
 
 def test_shapes_and_norms(tiny: tuple[QuReModel, QuReProcessor]) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS
+from qure_core.objectives.losses import bradley_terry_losses
 from torch import Tensor
 
 from qure_core.model import QuReModel, load_lavis_checkpoint
 from qure_core.model.lavis import convert_state
-from qure_core.objectives.losses import bradley_terry_losses
+from qure_core.model.relevance import relevance_scores
 
 NAMES = ("model_tiny", "model_eva_tiny")
 
@@ -83,11 +84,11 @@ def test_embeddings_and_scores(golden: Golden) -> None:
         )
         errors["query_feats_circo_prompt"] = golden.error(circo, "query_feats_circo_prompt")
         errors["score_query_x_tar"] = golden.error(
-            model.score(query, images["tar"]), "score_query_x_tar"
+            relevance_scores(query, images["tar"]), "score_query_x_tar"
         )
         everything = torch.cat([images[k] for k in ("ref", "tar", "neg")])
         errors["score_query_x_all"] = golden.error(
-            model.score(query, everything), "score_query_x_all"
+            relevance_scores(query, everything), "score_query_x_all"
         )
         scores = model(**golden.batch())
         errors["pair_scores_temp"] = golden.error(scores, "pair_scores_temp")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,12 +16,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qure_core import storage
 from qure_core.data import read_split
+from qure_core.data.loader import ImageLoader
 from qure_core.data.schema import Split, Triplet
+from qure_core.embeddings.encoder import Encoder
 from qure_core.model import QuReModel, QuReProcessor, encode_frozen, load_model
-from qure_core.training.batches import ImageLoader, random_negative, triplet_batches
+from qure_core.objectives import make_objective
+from qure_core.training.batches import Share, TripletBatches, epoch_batches, epoch_order
+from qure_core.training.negatives import random_negatives
 from qure_core.training.optimisation import Optimisation, make_optimizer
 from qure_core.training.steps import TripletStep
 from qure_core.training.throughput import Throughput
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an epoch is taken with."""
+
+    batch_size: int
+    objective: str = "bradley_terry"
+    negatives: int = 1
+    seed: int = 1000
+    lr: float = 1e-3
 
 
 def parts(run_dir: Path) -> tuple[QuReModel, QuReProcessor, Split, dict[str, list[str]]]:
@@ -29,53 +45,65 @@ def parts(run_dir: Path) -> tuple[QuReModel, QuReProcessor, Split, dict[str, lis
     return model, processor, read_split(str(run_dir / "data/train")), corpora
 
 
-def plain_epoch(
-    run_dir: Path, batch_size: int, seed: int, lr: float
-) -> tuple[dict[str, Tensor], list[float]]:
+def plain_loss(
+    objective: str,
+    triplet: Triplet,
+    others: Sequence[Triplet],
+    negatives: dict[str, tuple[str, ...]],
+    score: Callable[[str], Tensor],
+) -> Tensor:
+    """One triplet's loss from its definition; ``score`` gives an image's score."""
+    positive = score(str(triplet.target_id))
+    own = negatives[triplet.query_id]
+    if objective == "bradley_terry":
+        losses = [-torch.nn.functional.logsigmoid(positive - score(name)) for name in own]
+        return torch.stack(losses).mean()
+    same = [other for other in others if other.category == triplet.category]
+    names = {name for o in same for name in (str(o.target_id), *negatives[o.query_id])}
+    query = (triplet.reference_id, triplet.text)
+    names -= {str(o.target_id) for o in same if (o.reference_id, o.text) == query}
+    names = (names - {triplet.reference_id}) | set(own)
+    return torch.stack([positive, *map(score, sorted(names))]).logsumexp(dim=0) - positive
+
+
+def plain_epoch(run_dir: Path, recipe: Recipe) -> tuple[dict[str, Tensor], list[float]]:
     """Weights and mean losses of a run's first epoch, from the method alone.
 
-    Each triplet by itself, its three images through the encoder: no shared images, no parts of
-    batches, no scaling, gradients summed one by one.
+    Each triplet by itself, its images through the encoder one by one: no shared images, no parts
+    of batches, no scaling, gradients summed one by one.
     """
     model, processor, split, corpora = parts(run_dir)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.05)
-    load = ImageLoader(split.images, processor, 10**7, threads=1, cache_mb=8)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.05)
+    load = ImageLoader(split.images, processor.image_size, 10**7, threads=1, cache_mb=8)
 
     def vision(name: str) -> Tensor:
         return encode_frozen(model.vision_encoder, load([name]), "fp16")
 
-    batches = triplet_batches(
-        list(range(len(split.triplets))),  # type: ignore[arg-type]
-        lambda number: number,  # type: ignore[arg-type, return-value]
-        load,
-        processor,
-        batch_size=batch_size,
-        seed=seed,
-        epoch=0,
-        rank=0,
-        workers=1,
-    )
+    order = epoch_order(len(split.triplets), recipe.seed, 0)
     losses = []
-    for step in batches:
-        part, count = step.__defaults__[0], step.__defaults__[2]  # type: ignore[attr-defined]
-        assert len(part) == count
+    for start in range(0, len(order), recipe.batch_size):
+        batch = [split.triplets[i] for i in order[start : start + recipe.batch_size]]
+        negatives = {
+            t.query_id: random_negatives(t, corpora[t.category], recipe.seed, 0, recipe.negatives)
+            for t in batch
+        }
         optimizer.zero_grad()
         total = 0.0
-        for triplet in (split.triplets[number] for number in part):
-            negative = random_negative(triplet, corpora[triplet.category], seed, 0)
+        for triplet in batch:
             ids, mask = processor.texts([triplet.text])
             query_D = model.embed_queries(vision(triplet.reference_id), ids, mask)[0]
-            positive, against = (
-                (model.embed_images(vision(str(name)))[0] @ query_D).max() / model.temperature
-                for name in (triplet.target_id, negative)
-            )
-            loss = -torch.nn.functional.logsigmoid(positive - against)
-            (loss / count).backward()
+
+            def score(name: str, query_D: Tensor = query_D) -> Tensor:
+                image_TD = model.embed_images(vision(name))[0]
+                return (image_TD @ query_D).max() / model.temperature
+
+            loss = plain_loss(recipe.objective, triplet, batch, negatives, score)
+            (loss / len(batch)).backward()
             total += loss.item()
         optimizer.step()
-        losses.append(total / count)
+        losses.append(total / len(batch))
     return model.state_dict(), losses
 
 
@@ -89,8 +117,10 @@ def check_weights(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             assert difference.quantile(0.99) <= 1e-5, name
 
 
-def work(rank: int, workers: int, meeting: Path, run_dir: Path, batch_size: int, out: Path) -> None:
-    """One worker's part of an epoch, in a process group of its own."""
+def work(
+    rank: int, workers: int, meeting: Path, run_dir: Path, recipes: Sequence[Recipe], out: Path
+) -> None:
+    """One worker's part of epochs, in a process group of its own."""
     torch.set_num_threads(1)
     # Met at a file: a port found free may be taken by another test before it is used. On the
     # loopback interface: others come and go with the networks that other tests make.
@@ -98,61 +128,69 @@ def work(rank: int, workers: int, meeting: Path, run_dir: Path, batch_size: int,
     dist.init_process_group(
         "gloo", f"file://{meeting}", rank=rank, world_size=workers, timeout=timedelta(minutes=2)
     )
-    epoch(rank, workers, run_dir, batch_size, out)
+    results = [epoch(Share(rank, workers), run_dir, recipe) for recipe in recipes]
+    if rank == 0:
+        torch.save(results, out)
     # DDP must be gone by now: as the group's last owner it would wait for gloo's thread while it
     # holds the interpreter, which that thread may be waiting for to let go of a tensor.
     dist.destroy_process_group()
 
 
-def epoch(rank: int, workers: int, run_dir: Path, batch_size: int, out: Path) -> None:
-    """An epoch as the training loop takes it, in DDP."""
+def epoch(
+    share: Share, run_dir: Path, recipe: Recipe
+) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
+    """An epoch as the training loop takes it, in DDP: weights, mean losses and mean figures."""
     model, processor, split, corpora = parts(run_dir)
-    encoder = model.vision_encoder
-    model.vision_encoder = torch.nn.Identity()
     model.train()
+    objective = make_objective(recipe.objective, {})
     optimisation = Optimisation(
-        step=DistributedDataParallel(TripletStep(model)),
-        optimizer=make_optimizer(model, 1e-3, 0.05),
+        step=DistributedDataParallel(TripletStep(model, objective)),
+        optimizer=make_optimizer(model, recipe.lr, 0.05),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         device=torch.device("cpu"),
         dtype=None,
-        workers=workers,
-        encoder=encoder,
-        vision_precision="fp16",
+        workers=share.workers,
+        encoder=Encoder(model, processor),
     )
 
-    def negative_of(triplet: Triplet) -> str:
-        return random_negative(triplet, corpora[triplet.category], 1000, 0)
+    def negatives_of(triplet: Triplet) -> tuple[str, ...]:
+        corpus = corpora[triplet.category]
+        return random_negatives(triplet, corpus, recipe.seed, 0, recipe.negatives)
 
-    steps = triplet_batches(
-        split.triplets,
-        negative_of,
-        ImageLoader(split.images, processor, 10**7, threads=1, cache_mb=8),
-        processor,
-        batch_size=batch_size,
-        seed=1000,
-        epoch=0,
-        rank=rank,
-        workers=workers,
-    )
+    load = ImageLoader(split.images, processor.image_size, 10**7, threads=1, cache_mb=8)
+    build = TripletBatches(split.triplets, negatives_of, load, processor, objective.in_batch)
+    order = epoch_order(len(split.triplets), recipe.seed, 0)
+    steps = epoch_batches(build, order, recipe.batch_size, share)
     meter = Throughput(model.config, torch.device("cpu"), 1e9)
-    sums, counts = optimisation.epoch(steps, lambda step: step, meter)
-    if rank == 0:
-        model.vision_encoder = encoder
-        torch.save((model.state_dict(), sums, counts), out)
+    sums = optimisation.epoch(steps, lambda step: step, meter)
+    assert sum(sums.counts) == len(split.triplets)
+    means = [total / count for total, count in zip(sums.losses, sums.counts, strict=True)]
+    figures = {name: value / sum(sums.counts) for name, value in sums.figures.items()}
+    return model.state_dict(), means, figures
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[Recipe, dict[str, float]]:
+    """Figures by recipe of the first number of workers that was tried."""
+    return {}
 
 
 # A last batch of 2 leaves two of four workers with nothing but filler.
-@pytest.mark.parametrize(("workers", "batch_size"), [(1, 16), (2, 16), (4, 22)])
+@pytest.mark.parametrize(("workers", "batch_size"), [(1, 16), (2, 16), (4, 22), (1, 22)])
 def test_workers_share_one_epoch(
-    workers: int, batch_size: int, finished_run: Path, tmp_path: Path
+    workers: int,
+    batch_size: int,
+    finished_run: Path,
+    tmp_path: Path,
+    alone: dict[Recipe, dict[str, float]],
 ) -> None:
-    expected, losses = plain_epoch(finished_run, batch_size, seed=1000, lr=1e-3)
+    recipes = [Recipe(batch_size), Recipe(batch_size, "info_nce", negatives=2)]
     out = tmp_path / "out.pt"
-    arguments: Sequence[object] = (workers, tmp_path / "meeting", finished_run, batch_size, out)
+    arguments: Sequence[object] = (workers, tmp_path / "meeting", finished_run, recipes, out)
     torch.multiprocessing.spawn(work, arguments, nprocs=workers)
-    state, sums, counts = torch.load(out)
-    check_weights(state, expected)
-    assert sum(counts) == 90
-    means = [total / count for total, count in zip(sums, counts, strict=True)]
-    assert means == pytest.approx(losses, rel=1e-5)
+    for recipe, (state, means, figures) in zip(recipes, torch.load(out), strict=True):
+        expected, losses = plain_epoch(finished_run, recipe)
+        check_weights(state, expected)
+        assert means == pytest.approx(losses, rel=1e-5)
+        assert set(figures) == {"accuracy", "margin"}
+        assert figures == pytest.approx(alone.setdefault(recipe, figures), rel=1e-4)

@@ -1,17 +1,9 @@
-"""Losses over scores, all scores already divided by their temperature."""
+"""The objective of image-text pretraining (BLIP-2's contrastive loss)."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def bradley_terry_losses(scores_B2: Tensor) -> Tensor:
-    """Per triplet, ``-log sigmoid(positive - negative)``, [B] (QuRe, section 3).
-
-    Column 0 holds the target's score, column 1 the sampled negative's.
-    """
-    return F.softplus(scores_B2[:, 1] - scores_B2[:, 0])
 
 
 def contrastive_losses(

@@ -1,0 +1,41 @@
+"""Which negatives a triplet meets in an epoch, drawn from (seed, epoch, query id) alone."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+
+from qure_core.base.seeds import generator
+from qure_core.data.schema import Triplet
+
+
+def random_negatives(
+    triplet: Triplet, corpus: Sequence[str], seed: int, epoch: int, count: int = 1
+) -> tuple[str, ...]:
+    """The warm-up's negatives: ``count`` different images, uniform over all but the target."""
+    rng = generator(seed, "warm-up negative", epoch, triplet.query_id)
+    # Places in the sorted corpus that are taken; the target is in it exactly once.
+    taken = [bisect_left(corpus, str(triplet.target_id))]
+    drawn = []
+    for _ in range(count):
+        place = int(rng.integers(len(corpus) - len(taken)))
+        for other in taken:
+            place += other <= place
+        insort(taken, place)
+        drawn.append(corpus[place])
+    return tuple(drawn)
+
+
+def mined_negatives(
+    query_id: str, negatives: np.ndarray, seed: int, mined_at: int, epoch: int, count: int = 1
+) -> tuple[str, ...]:
+    """``count`` hard negatives an epoch, without replacement until the set is exhausted, then
+    afresh."""
+    drawn = []
+    for number in range((epoch - mined_at) * count, (epoch - mined_at + 1) * count):
+        cycle, place = divmod(number, len(negatives))
+        rng = generator(seed, "hard negative", mined_at, query_id, cycle)
+        drawn.append(str(negatives[rng.permutation(len(negatives))[place]]))
+    return tuple(drawn)
