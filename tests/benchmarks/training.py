@@ -32,8 +32,9 @@ from qure_core.base.config import Settings
 from qure_core.data.schema import Triplet
 from qure_core.model import QuReModel, QuReProcessor, encode_frozen, learn_tokenizer, preset
 from qure_core.model.flops import encoder_flops, step_flops, vision_tokens
-from qure_core.objectives.losses import bradley_terry_losses
-from qure_core.training.batches import Batch, prefetched, triplet_batches
+from qure_core.objectives import make_objective
+from qure_core.runtime.prefetch import prefetched
+from qure_core.training.batches import Batch, Share, TripletBatches, epoch_batches, epoch_order
 from qure_core.training.optimisation import Optimisation, autocast_type, make_optimizer
 from qure_core.training.steps import TripletStep
 from qure_core.training.throughput import Throughput, matrix_product_rate, peak_memory_mb
@@ -58,8 +59,8 @@ def triplets_of(count: int) -> list[Triplet]:
     ]
 
 
-def negative_of(triplet: Triplet) -> str:
-    return f"i{int(str(triplet.target_id)[1:]) + 1:06d}"
+def negative_of(triplet: Triplet) -> tuple[str, ...]:
+    return (f"i{int(str(triplet.target_id)[1:]) + 1:06d}",)
 
 
 class Memory:
@@ -102,7 +103,8 @@ class ReleasedWay(nn.Module):
         for vision in (target, negative):
             image_BTD = F.normalize(model.vision_proj(self.qformer(own, vision, None)), dim=-1)
             scores.append(torch.einsum("bd,btd->bt", query_BD, image_BTD).amax(dim=-1))
-        return bradley_terry_losses(torch.stack(scores, dim=1) / model.temperature)
+        positive, negative = (score / model.temperature for score in scores)
+        return F.softplus(negative - positive)
 
 
 def synchronise() -> None:
@@ -124,10 +126,9 @@ def timed(steps: int, take: Callable[[], Tensor]) -> tuple[list[float], list[flo
 
 
 def ours(model: QuReModel) -> Optimisation:
-    model.vision_encoder = nn.Identity()
     model.train()
     return Optimisation(
-        step=TripletStep(model),
+        step=TripletStep(model, make_objective("bradley_terry", {})).to(DEVICE),
         optimizer=make_optimizer(model, 5e-6, 0.05),
         scaler=torch.amp.GradScaler(DEVICE.type, enabled=torch.float16 == DTYPE),
         device=DEVICE,
@@ -136,18 +137,8 @@ def ours(model: QuReModel) -> Optimisation:
 
 
 def batch_of(load: Memory, processor: QuReProcessor, size: int) -> Batch:
-    steps = triplet_batches(
-        triplets_of(size),
-        negative_of,
-        load,
-        processor,
-        batch_size=size,
-        seed=0,
-        epoch=0,
-        rank=0,
-        workers=1,
-    )
-    return steps[0]()
+    build = TripletBatches(triplets_of(size), negative_of, load, processor)
+    return build(epoch_order(size, seed=0, epoch=0), Share())
 
 
 def take_released_steps(
@@ -156,7 +147,11 @@ def take_released_steps(
     """Seconds and losses of steps taken the released way."""
     inputs = own.inputs
     answer_A = inputs["answer_A"]
-    rows = [inputs["reference_B"], answer_A[inputs["target_B"]], answer_A[inputs["negative_B"]]]
+    rows = [
+        inputs["reference_B"],
+        answer_A[inputs["target_B"]],
+        answer_A[inputs["negative_BK"][:, 0]],
+    ]
     pictures = [inputs["pixel_values"][row].to(DEVICE) for row in rows]
     width = 32 - inputs["input_ids"].shape[1]
     ids = F.pad(inputs["input_ids"], (0, width)).to(DEVICE)
@@ -195,14 +190,14 @@ def measure_step(batch: int, steps: int, dropout: float = 0.0) -> dict[str, floa
     encoder = model.vision_encoder.eval()
     pixels = inputs.pop("pixel_values").to(DEVICE)
     inputs["vision"] = encode_frozen(encoder, pixels, "fp16").cpu()
-    stored = Batch(inputs, own.weight_B, own.count)
+    stored = Batch(inputs, own.weight_B, own.count, own.names)
     optimisation = ours(model)
     if DEVICE.type == "cuda":
         encoder.to("cpu")
         del pixels
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    mine, my_losses = timed(steps, lambda: optimisation.take(stored, 0) / batch)
+    mine, my_losses = timed(steps, lambda: optimisation.take(stored, 0).sums["loss"] / batch)
     flops = step_flops(model.config, 2 * batch, batch, inputs["input_ids"].shape[1])
     difference = max(abs(a - b) / abs(b) for a, b in zip(my_losses, their_losses, strict=True))
     return {
@@ -252,17 +247,8 @@ def loader(batch: int, steps: int) -> None:
         triplets = triplets_of(len(uris) // 3)
 
         def batches(epoch: int) -> list[Callable[[], Batch]]:
-            return triplet_batches(
-                triplets,
-                negative_of,
-                stored,
-                processor,
-                batch_size=batch,
-                seed=0,
-                epoch=epoch,
-                rank=0,
-                workers=1,
-            )
+            build = TripletBatches(triplets, negative_of, stored, processor)
+            return epoch_batches(build, epoch_order(len(triplets), 0, epoch), batch, Share())
 
         rates = {}
         for name in ("from a cold disk", "from memory"):

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS
-from qure_core.objectives.losses import bradley_terry_losses
 from torch import Tensor
 
 from qure_core.model import QuReModel, load_lavis_checkpoint
 from qure_core.model.lavis import convert_state
 from qure_core.model.relevance import relevance_scores
+from qure_core.objectives import Objective, Outputs, make_objective
+from qure_core.training.steps import TripletStep
 
 NAMES = ("model_tiny", "model_eva_tiny")
 
@@ -45,10 +46,33 @@ class Golden:
             "reference_B": rows,
             "answer_A": torch.arange(size, 3 * size),
             "target_B": rows,
-            "negative_B": rows + size,
+            "negative_BK": rows[:, None] + size,
+            "valid_B": torch.ones(size, dtype=torch.bool),
             "input_ids": self.tensor("input_ids"),
             "attention_mask": self.tensor("attention_mask"),
         }
+
+
+BRADLEY_TERRY = make_objective("bradley_terry", {})
+
+
+class Watched:
+    """An objective that keeps the outputs it was given."""
+
+    in_batch = False
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.outputs = objective, None
+
+    def __call__(self, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+        self.outputs = outputs
+        return self.objective(outputs)
+
+
+def losses(golden: Golden) -> Tensor:
+    """What training differentiates, of the golden batch."""
+    step = TripletStep(golden.model, BRADLEY_TERRY)
+    return step(**golden.batch())[0]
 
 
 @pytest.fixture(params=NAMES)
@@ -90,14 +114,18 @@ def test_embeddings_and_scores(golden: Golden) -> None:
         errors["score_query_x_all"] = golden.error(
             relevance_scores(query, everything), "score_query_x_all"
         )
-        scores = model(**golden.batch())
-        errors["pair_scores_temp"] = golden.error(scores, "pair_scores_temp")
-        errors["pair_scores_no_temp"] = golden.error(
-            scores * model.temperature, "pair_scores_no_temp"
-        )
-        errors["loss_temp"] = golden.error(bradley_terry_losses(scores).mean(), "loss_temp")
-        plain = bradley_terry_losses(scores * model.temperature).mean()
-        errors["loss_no_temp"] = golden.error(plain, "loss_no_temp")
+        watched = Watched(BRADLEY_TERRY)
+        losses_B, figures = TripletStep(model, watched)(**golden.batch())
+        outputs = watched.outputs
+        scores = torch.cat([outputs.target_scores(), outputs.negative_scores()], dim=1)
+        errors["pair_scores_temp"] = golden.error(scores / model.temperature, "pair_scores_temp")
+        errors["pair_scores_no_temp"] = golden.error(scores, "pair_scores_no_temp")
+        errors["loss_temp"] = golden.error(losses_B.mean(), "loss_temp")
+        plain, _ = BRADLEY_TERRY(replace(outputs, temperature=torch.ones(())))
+        errors["loss_no_temp"] = golden.error(plain.mean(), "loss_no_temp")
+        theirs = golden.outputs["pair_scores_no_temp"]
+        assert figures["accuracy"].tolist() == (theirs[:, 0] > theirs[:, 1]).tolist()
+        np.testing.assert_allclose(figures["margin"], theirs[:, 0] - theirs[:, 1], atol=1e-5)
     print("\nlargest relative error:", max(errors.values()), max(errors, key=errors.__getitem__))
     assert max(errors.values()) <= 1e-5, errors
 
@@ -111,7 +139,7 @@ def converted_name(lavis: str) -> str | None:
 
 def test_gradients(golden: Golden) -> None:
     model = golden.model
-    bradley_terry_losses(model(**golden.batch())).mean().backward()
+    losses(golden).mean().backward()
     ours = dict(model.named_parameters())
     errors = {}
     for key in golden.outputs.files:
@@ -143,22 +171,22 @@ def test_adamw_steps(golden: Golden, label: str, rate: float) -> None:
     model = golden.model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.05, fused=True)
-    losses, temperatures = [], []
+    before, temperatures = [], []
     for _ in range(5):
-        loss = bradley_terry_losses(model(**golden.batch())).mean()
-        losses.append(loss.item())
+        loss = losses(golden).mean()
+        before.append(loss.item())
         temperatures.append(model.temperature.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        scores = model(**golden.batch())
+        after = losses(golden).mean().item()
     # The losses fall to a thousandth of the scores they are differences of: hence atol.
     np.testing.assert_allclose(
-        losses, golden.outputs[f"{prefix}_loss_before_each_step"], rtol=1e-5, atol=1e-6
+        before, golden.outputs[f"{prefix}_loss_before_each_step"], rtol=1e-5, atol=1e-6
     )
     np.testing.assert_allclose(
-        bradley_terry_losses(scores).mean().item(),
+        after,
         golden.outputs[f"{prefix}_loss_after_5_steps"],
         rtol=1e-5,
         atol=1e-6,
