@@ -53,14 +53,9 @@ def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
     from qure_core.job.layout import round_uri
     from qure_core.job.place import claim_run
     from qure_core.job.run import check_settings
-    from qure_core.mining.mined_set import MINED_KIND
-    from qure_core.mining.stage import (
-        check_round_place,
-        hold_round,
-        mine_round,
-        round_facts,
-        round_table,
-    )
+    from qure_core.mining.describe import round_table
+    from qure_core.mining.mined_set import MINED_KIND, upgraded
+    from qure_core.mining.stage import check_round_place, hold_round, mine_round, round_facts
     from qure_core.model.checkpoint_files import CHECKPOINT_KIND
     from qure_core.runtime.monitor import monitored
     from qure_core.runtime.resources import connect, plan_resources
@@ -83,7 +78,7 @@ def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
     split = load_split(settings.data, "train")
     corpora = mining_galleries(settings.data, split)
     facts = round_facts(settings, checkpoint, split, corpora, epoch)
-    if chosen.if_newer and storage.kept(output, MINED_KIND, facts):
+    if chosen.if_newer and storage.kept(output, MINED_KIND, facts, upgraded):
         print(f"nothing to do: {checkpoint} is mined already\nmined set: {output}", flush=True)
         return
     connect()
@@ -98,7 +93,8 @@ def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
 
 def inspect() -> None:
     # matplotlib is needed here alone.
-    from qure_core.report.inspect import check_picture, describe_query, describe_round, draw_query
+    from qure_core.mining.describe import describe_query, describe_round
+    from qure_core.report.inspect import check_picture, draw_query
 
     parser = argparse.ArgumentParser(
         prog="pipelines/mine.py inspect", description="Show what a mining round found."

@@ -6,7 +6,7 @@ import getpass
 import tempfile
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliUnknownArgs,
@@ -107,10 +107,10 @@ class TrainSettings(_Section):
         description="epochs with random negatives before the first mining "
         "(default: floor(epochs / n_def), as in the paper)",
     )
-    negatives: Literal["steep_drops", "random"] = Field(
-        "steep_drops",
-        description="negatives after the warm-up: mined between two steep drops, or random as "
-        "during the warm-up (for comparison)",
+    negatives: Literal["mined", "random"] = Field(
+        "mined",
+        description="negatives after the warm-up: mined by mining.rule, or random as during the "
+        "warm-up (for comparison)",
     )
     negatives_per_triplet: int = Field(
         1, ge=1, description="K: negatives that a triplet meets in a step (the paper's is 1)"
@@ -136,6 +136,11 @@ class TrainSettings(_Section):
     )
     log_every: int = Field(20, ge=1, description="steps between progress lines")
 
+    @field_validator("negatives", mode="before")
+    @classmethod
+    def _earlier_name(cls, value: Any) -> Any:
+        return "mined" if value == "steep_drops" else value  # while there was one rule
+
 
 class ObjectiveSettings(_Section):
     name: str = Field(
@@ -147,6 +152,9 @@ class ObjectiveSettings(_Section):
 
 
 class MiningSettings(_Section):
+    rule: str = Field(
+        "steep_drops", description="which images are hard negatives: steep_drops, the paper's"
+    )
     exclude_reference: bool = Field(
         True, description="drop a query's reference image from its corpus before mining"
     )

@@ -162,6 +162,11 @@ def read_rows(uri: str, names: Sequence[str]) -> list[dict[str, Any]]:
     return pa.concat_tables(tables).to_pylist()
 
 
+def read_evaluation(uri: str) -> dict[str, Any]:
+    """The manifest of a committed evaluation."""
+    return storage.read_manifest(uri, EVALUATION_KIND)
+
+
 def read_rankings(uri: str) -> pa.Table:
     """The ranking rows of a committed evaluation."""
     manifest = storage.read_manifest(uri, EVALUATION_KIND)

@@ -6,12 +6,12 @@ import re
 from typing import Any
 
 from qure_core import storage
-from qure_core.evaluation.stage import EVALUATION_KIND
-from qure_core.mining.mined_set import MINED_KIND
+from qure_core.evaluation.stage import read_evaluation
+from qure_core.mining.mined_set import read_round
 from qure_core.mining.stage import ROUNDS
 
 _FINISHED = re.compile(r"epoch-\d+")  # not what a stage leaves beside it while it works
-_KINDS = {ROUNDS: MINED_KIND, "evaluations": EVALUATION_KIND}
+_READERS = {ROUNDS: read_round, "evaluations": read_evaluation}
 
 
 def round_uri(run_dir: str, epoch: int) -> str:
@@ -33,6 +33,6 @@ def committed(run_dir: str, folder: str) -> list[dict[str, Any]]:
         uri = storage.join(base, name)
         if _FINISHED.fullmatch(name) and storage.is_committed(uri):
             epoch = int(name.removeprefix("epoch-"))
-            manifest = storage.read_manifest(uri, _KINDS[folder])
+            manifest = _READERS[folder](uri)
             found.append(manifest | {"epoch": epoch, "uri": uri})
     return found

@@ -38,7 +38,8 @@ from qure_core.evaluation.stage import evaluate_checkpoint, evaluation_job
 from qure_core.job.layout import committed, evaluation_uri, round_uri
 from qure_core.job.place import check_apart, check_places, claim_run
 from qure_core.job.tracking import Scalar, check_tracker, scalars, track
-from qure_core.mining.stage import check_corpora, hold_round, mine_round, mining_job, round_table
+from qure_core.mining.describe import round_table
+from qure_core.mining.stage import check_corpora, hold_round, mine_round, mining_job, mining_rule
 from qure_core.model import build_model, learn_tokenizer, load_model
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND, checkpoint_uri, latest_epoch
 from qure_core.model.checkpoints import save_checkpoint
@@ -337,6 +338,7 @@ def run(settings: Settings) -> dict[str, Any]:
     check_apart(run_dir, settings.data.root)
     check_tracker(settings)
     make_objective(settings.objective.name, settings.objective.options)
+    mining_rule(settings)
     claim_run(run_dir)
     connect()
     events = storage.join(run_dir, "events.jsonl")
@@ -367,7 +369,7 @@ def run(settings: Settings) -> dict[str, Any]:
             run_lease.check()
             checkpoint = checkpoint_uri(run_dir, "train", stop)
             evaluation = evaluation_uri(run_dir, stop) if stop in evaluations else None
-            mines = stop in minings and train_settings.negatives == "steep_drops"
+            mines = stop in minings and train_settings.negatives == "mined"
             mined = round_uri(run_dir, stop) if mines else None
             with hold_round(mined, wait=True) if mined else nullcontext() as lease:
                 jobs = []

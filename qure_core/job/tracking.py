@@ -40,7 +40,7 @@ def scalars(lines: Sequence[dict[str, Any]]) -> list[Scalar]:
                 if name in line  # older runs told fewer
             ]
         elif line["kind"] == "mining":
-            values.append(("mining/steep_share", line["epoch"], line["steep_share"]))
+            values.append(("mining/found_share", line["epoch"], line["found_share"]))
             values.append(("mining/set_size", line["epoch"], line["set_size"]["median"]))
         else:
             for name, value in line["recall"]["average"].items():

@@ -6,8 +6,12 @@ from qure_core.base.lazy import lazy
 
 if TYPE_CHECKING:
     from qure_core.mining.mined_set import MinedSet, read_mined_set
-    from qure_core.mining.rules.drop_rule import STATUSES, DropRule
-    from qure_core.mining.rules.steep_drops import SteepDrops, steep_drop_negatives
+    from qure_core.mining.rules.steep_drops import (
+        STATUSES,
+        DropRule,
+        SteepDrops,
+        steep_drop_negatives,
+    )
 
 __all__ = [
     "STATUSES",
@@ -20,8 +24,8 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
-        "STATUSES": "rules.drop_rule",
-        "DropRule": "rules.drop_rule",
+        "STATUSES": "rules.steep_drops",
+        "DropRule": "rules.steep_drops",
         "MinedSet": "mined_set",
         "SteepDrops": "rules.steep_drops",
         "read_mined_set": "mined_set",

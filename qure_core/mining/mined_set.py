@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,39 +11,43 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qure_core import storage
+from qure_core.base.errors import InputError
+from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.storage.parquet import read_committed_parquet
 
 # The names beside the parts begin with an underscore, which readers of Parquet directories skip.
 MINED_KIND = storage.Kind("mined set", r"part-\d{5}\.parquet", "_manifest.json")
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""3: the rule's facts are a struct, ``details``; until 2 those of steep drops were columns."""
 
-_DROP = pa.struct(
-    [
-        ("rank", pa.int64()),  # of the last image above the drop, 0 the best
-        ("height", pa.float32()),
-        ("score_above", pa.float32()),
-        ("score_below", pa.float32()),
-    ]
-)
+_OLD_DETAILS = ("upper_drop", "lower_drop", "steepness")
 
-MINED_SCHEMA = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("category", pa.string()),
-        ("target_id", pa.string()),
-        ("target_score", pa.float32()),
-        ("target_rank", pa.int64()),
-        ("upper_drop", _DROP),
-        ("lower_drop", _DROP),
-        ("steepness", pa.float64()),  # None where no pair of drops qualifies
-        ("num_negatives", pa.int64()),  # in the set, of which max_negatives are listed
-        ("negative_ids", pa.large_list(pa.dictionary(pa.int32(), pa.string()))),
-        ("negative_scores", pa.large_list(pa.float32())),
-        ("status", pa.string()),
-        ("curve_ranks", pa.list_(pa.int64())),  # points of the query's whole sorted curve
-        ("curve_scores", pa.list_(pa.float32())),
-    ]
-)
+
+def _arrow_type(kind: Any) -> pa.DataType:
+    """The Arrow type of a rule's declaration of a detail (`Rule.details`)."""
+    if isinstance(kind, Mapping):
+        return pa.struct([(name, _arrow_type(inner)) for name, inner in kind.items()])
+    return pa.type_for_alias(kind)
+
+
+def mined_schema(details: Mapping[str, Any]) -> pa.Schema:
+    """The schema of a mined set of a rule with such ``details``."""
+    return pa.schema(
+        [
+            ("query_id", pa.string()),
+            ("category", pa.string()),
+            ("target_id", pa.string()),
+            ("target_score", pa.float32()),
+            ("target_rank", pa.int64()),
+            ("num_negatives", pa.int64()),  # in the set, of which max_negatives are listed
+            ("negative_ids", pa.large_list(pa.dictionary(pa.int32(), pa.string()))),
+            ("negative_scores", pa.large_list(pa.float32())),
+            ("status", pa.string()),
+            ("details", _arrow_type(details)),
+            ("curve_ranks", pa.list_(pa.int64())),  # points of the query's whole sorted curve
+            ("curve_scores", pa.list_(pa.float32())),
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,51 @@ class MinedSet:
         return {row["query_id"]: row for row in rows}
 
 
+def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A round's manifest in the terms of today's, whichever version wrote it."""
+    if manifest.get("schema_version") != 2:
+        return manifest
+    settings = dict(manifest["settings"])
+    del settings["rule"]  # prose: there was one rule
+    options = {name: settings.pop(name) for name in DropRule().options()}
+    statistics = dict(manifest["statistics"])
+    statistics["found_share"] = statistics.pop("steep_share")
+    rule = {"name": DropRule.name, "version": 1, **options}
+    today = {"schema_version": SCHEMA_VERSION, "settings": settings, "rule": rule}
+    return manifest | today | {"statistics": statistics}
+
+
+def read_round(uri: str) -> dict[str, Any]:
+    """The manifest of a committed round, in today's terms; `InputError` if it is not finished, or
+    a later version wrote it."""
+    manifest = storage.read_manifest(uri, MINED_KIND)
+    if int(manifest.get("schema_version", 1)) > SCHEMA_VERSION:
+        raise InputError(
+            f"{uri}: a mined set of schema version {manifest['schema_version']}, where this "
+            f"program reads up to {SCHEMA_VERSION}: a later version wrote it. Update qure-core, or "
+            "mine again"
+        )
+    return upgraded(manifest)
+
+
 def read_mined_set(uri: str, columns: list[str] | None = None) -> MinedSet:
-    """Read a committed round; `InputError` if it is not finished or damaged.
+    """Read a committed round; `InputError` if it is not finished or damaged, or of a later version.
 
     ``columns`` limits what is read, e.g. to leave out the negatives.
     """
-    manifest = storage.read_manifest(uri, MINED_KIND)
+    manifest = read_round(uri)
     parts = sorted(name for name in manifest["files"] if name.startswith("part-"))
-    tables = [read_committed_parquet(uri, name, manifest, columns) for name in parts]
+    if columns and "details" in columns:
+        # Of an older version's file these are there instead; Parquet passes over what is not.
+        columns = [*columns, *_OLD_DETAILS]
+    tables = [_today(read_committed_parquet(uri, name, manifest, columns)) for name in parts]
     return MinedSet(uri, manifest, pa.concat_tables(tables).unify_dictionaries())
+
+
+def _today(table: pa.Table) -> pa.Table:
+    """A part's table as today's are, whichever version wrote it."""
+    if not set(_OLD_DETAILS) <= set(table.column_names):
+        return table
+    facts = [table[name].combine_chunks() for name in _OLD_DETAILS]
+    details = pa.StructArray.from_arrays(facts, _OLD_DETAILS)
+    return table.drop_columns(list(_OLD_DETAILS)).append_column("details", details)

@@ -8,7 +8,6 @@ from typing import Any
 
 from qure_core import storage
 from qure_core.base.seeds import derive
-from qure_core.mining.rules.drop_rule import STATUSES
 from qure_core.mining.tasks import RoundTask, fp32_rows, part_name
 from qure_core.ranking.blocks import QueryBlock, map_blocks
 from qure_core.runtime.resources import Plan
@@ -18,9 +17,9 @@ SAMPLED = 256
 
 
 def precision_check(task: RoundTask, blocks: Sequence[QueryBlock], plan: Plan) -> dict[str, int]:
-    """How many of up to `SAMPLED` queries have other drops in fp32: "sampled" and "changed".
+    """How many of up to `SAMPLED` queries are cut elsewhere in fp32: "sampled" and "changed".
 
-    Drops are the same if status and both positions below the target are.
+    Sets are cut alike if their status is the same, and their `Rule.cut`.
     """
     names = sorted(
         (t.query_id for block in blocks for t in block.triplets),
@@ -46,19 +45,13 @@ def precision_check(task: RoundTask, blocks: Sequence[QueryBlock], plan: Plan) -
 
 
 def _compare(block: QueryBlock, part: int, task: RoundTask) -> dict[str, Any]:
-    columns = ["query_id", "status", "target_rank", "upper_drop", "lower_drop"]
+    columns = ["query_id", "status", "target_rank", "details"]
     table = read_parquet(storage.join(task.output, part_name(block.number)), columns)
     mined = {row["query_id"]: row for row in table.to_pylist()}
-
+    cut = task.rule.cut
     changed = 0
     for triplet, row in zip(block.triplets, fp32_rows(block, task), strict=True):
         there = mined[triplet.query_id]
-        places = [drop and drop["rank"] for drop in (there["upper_drop"], there["lower_drop"])]
-        before = (there["status"], *_below(places, there["target_rank"]))
-        places = [drop and drop.rank for drop in (row.upper, row.lower)]
-        changed += before != (STATUSES[row.status], *_below(places, row.target_rank))
+        before = (there["status"], cut(there["details"], there["target_rank"]))
+        changed += before != (row.status, cut(row.details, row.target_rank))
     return {"sampled": len(block.triplets), "changed": changed}
-
-
-def _below(ranks: Sequence[int | None], target_rank: int) -> list[int | None]:
-    return [None if rank is None else rank - target_rank for rank in ranks]

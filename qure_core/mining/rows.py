@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,8 @@ import torch
 
 from qure_core.data.schema import Triplet
 from qure_core.mining.engines.keys import key_columns, key_scores
-from qure_core.mining.mined_set import MINED_SCHEMA
-from qure_core.mining.rules.drop_rule import STATUSES, STEEP
-from qure_core.mining.rules.steep_drops import SteepDrops
+from qure_core.mining.engines.ranked import Ranked
+from qure_core.mining.rules import Selection
 from qure_core.mining.sampling import lowest, priorities
 
 _CURVE_POINTS = 48  # evenly spaced ranks of a kept curve, and as many that start densely
@@ -22,36 +22,18 @@ _CURVE_AROUND = 6  # ranks kept on either side of the target and of both drops
 
 
 @dataclass(frozen=True)
-class Drop:
-    """A drop: the rank of the last image above it, and the scores on both sides."""
-
-    rank: int
-    above: float
-    below: float
-
-    def as_row(self) -> dict[str, float]:
-        return {
-            "rank": self.rank,
-            "height": float(np.float32(self.above) - np.float32(self.below)),
-            "score_above": self.above,
-            "score_below": self.below,
-        }
-
-
-@dataclass(frozen=True)
 class MinedRow:
     """What is mined for one query.
 
-    size: images in the set. negative_keys: sorted keys of those that are listed, all or a sample.
-    curve: (ranks, scores) of a few points of the ranking, always those around target and drops.
+    status, details: what the rule says of it. size: images in the set. negative_keys: sorted keys
+    of those that are listed, all or a sample. curve: (ranks, scores) of a few points of the
+    ranking, always those around the target and the rule's marks.
     """
 
     target_score: float
     target_rank: int
-    upper: Drop | None
-    lower: Drop | None
-    steepness: float | None
-    status: int
+    status: str
+    details: Mapping[str, Any]
     size: int
     negative_keys: np.ndarray
     curve: tuple[np.ndarray, np.ndarray]
@@ -84,59 +66,40 @@ def sample_keys(
 
 
 def rows_of(
-    drops: SteepDrops,
+    ranked: Ranked,
+    selection: Selection,
+    statuses: Sequence[str],
     query_words: torch.Tensor,
     image_words: torch.Tensor | None,
     max_negatives: int | None,
 ) -> list[MinedRow]:
-    """The rows of queries whose rankings are sorted in whole."""
-    keys_QM = drops.keys_QM.cpu()
+    """The rows of queries whose rankings are sorted in whole, by what a rule selected."""
+    keys_QM = ranked.keys_QM.cpu()
     rows = []
-    steepness = drops.steepness_Q.tolist()
-    columns = (
-        drops.target_rank_Q,
-        drops.start_Q,
-        drops.stop_Q,
-        drops.upper_Q,
-        drops.lower_Q,
-        drops.length_Q,
-        drops.status_Q,
-    )
-    numbers = torch.stack(columns).tolist()
-    for q, (target, start, stop, upper, lower, length, status) in enumerate(
-        zip(*numbers, strict=True)
-    ):
-        steep = status == STEEP
-        ranks = curve_ranks(length, [target, upper, lower] if steep else [target])
-        marks = torch.from_numpy(
-            np.concatenate([ranks, [target, upper, upper + 1, lower, lower + 1]])
-        )
-        scores = key_scores(keys_QM[q, marks]).numpy()
-        upper_drop = lower_drop = None
-        if steep:
-            upper_drop = Drop(upper, float(scores[-4]), float(scores[-3]))
-            lower_drop = Drop(lower, float(scores[-2]), float(scores[-1]))
-        keys = keys_QM[q, start:stop].numpy()
+    numbers = torch.stack([ranked.target_rank_Q, ranked.length_Q, selection.status_Q]).tolist()
+    for q, (target, length, status) in enumerate(zip(*numbers, strict=True)):
+        ranks = curve_ranks(length, [target, *selection.marks[q]])
+        places = torch.from_numpy(np.append(ranks, target))
+        scores = key_scores(keys_QM[q, places]).numpy()
+        keys = keys_QM[q, selection.ranks(q)].numpy()
         rows.append(
             MinedRow(
-                target_score=float(scores[-5]),
+                target_score=float(scores[-1]),
                 target_rank=target,
-                upper=upper_drop,
-                lower=lower_drop,
-                steepness=None if np.isnan(steepness[q]) else steepness[q],
-                status=status,
-                size=stop - start,
+                status=statuses[status],
+                details=selection.details[q],
+                size=len(keys),
                 negative_keys=sample_keys(keys, query_words[q], image_words, max_negatives).copy(),
-                curve=(ranks, scores[:-5]),
+                curve=(ranks, scores[:-1]),
             )
         )
     return rows
 
 
 def to_table(
-    triplets: Sequence[Triplet], corpus: Sequence[str], rows: Sequence[MinedRow]
+    triplets: Sequence[Triplet], corpus: Sequence[str], rows: Sequence[MinedRow], schema: pa.Schema
 ) -> pa.Table:
-    """The rows in the schema of a mined set; ``corpus`` names the keys' columns."""
+    """The rows in the ``schema`` of a mined set; ``corpus`` names the keys' columns."""
     keys = torch.from_numpy(np.concatenate([row.negative_keys for row in rows]))
     used, codes = np.unique(key_columns(keys).numpy(), return_inverse=True)
     names = pa.DictionaryArray.from_arrays(
@@ -151,16 +114,14 @@ def to_table(
         "target_id": [t.target_id for t in triplets],
         "target_score": pa.array([row.target_score for row in rows], pa.float32()),
         "target_rank": [row.target_rank for row in rows],
-        "upper_drop": [row.upper.as_row() if row.upper else None for row in rows],
-        "lower_drop": [row.lower.as_row() if row.lower else None for row in rows],
-        "steepness": [row.steepness for row in rows],
         "num_negatives": [row.size for row in rows],
         "negative_ids": pa.LargeListArray.from_arrays(offsets, names),
         "negative_scores": pa.LargeListArray.from_arrays(
             offsets, pa.array(key_scores(keys).numpy(), pa.float32())
         ),
-        "status": [STATUSES[row.status] for row in rows],
+        "status": [row.status for row in rows],
+        "details": [dict(row.details) for row in rows],
         "curve_ranks": pa.ListArray.from_arrays(curve_offsets, pa.array(curve_values[0])),
         "curve_scores": pa.ListArray.from_arrays(curve_offsets, pa.array(curve_values[1])),
     }
-    return pa.table(columns, schema=MINED_SCHEMA)
+    return pa.table(columns, schema=schema)

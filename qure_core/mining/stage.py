@@ -13,7 +13,6 @@ import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,9 @@ from qure_core.base.errors import InputError
 from qure_core.data.schema import Split, Triplet
 from qure_core.embeddings.shards import EMBEDDINGS_KIND
 from qure_core.embeddings.stage import EmbedJob, embed_splits
-from qure_core.mining.mined_set import MINED_KIND, SCHEMA_VERSION
+from qure_core.mining.mined_set import MINED_KIND, SCHEMA_VERSION, read_round, upgraded
 from qure_core.mining.precision import precision_check
-from qure_core.mining.rules.drop_rule import STATUSES, DropRule
+from qure_core.mining.rules import Rule, rule_named
 from qure_core.mining.tasks import (
     CHUNK_COLUMNS,
     MERGED_AT_ONCE,
@@ -74,7 +73,7 @@ def mine_round(
     mining = settings.mining
     job = mining_job(split, corpora, output, mining.stored)
     scratch = f"{output}-scratch"
-    if manifest := storage.kept(output, MINED_KIND, facts):
+    if manifest := storage.kept(output, MINED_KIND, facts, upgraded):
         # A process that was killed between the commit and its tidying left these.
         storage.discard(job.output, EMBEDDINGS_KIND)
         storage.discard(scratch, SCRATCH_KIND)
@@ -98,7 +97,7 @@ def mine_round(
         seed=settings.run.seed,
         epoch=facts["epoch"],
         exclude_reference=mining.exclude_reference,
-        rule=drop_rule(settings),
+        rule=mining_rule(settings),
         max_negatives=mining.max_negatives,
         precision=mining.precision,
         memory_bytes=mining.memory_mb * 2**20,
@@ -130,7 +129,7 @@ def mine_round(
         "corpus_images": {category: len(ids) for category, ids in corpora.items()},
         "seconds": seconds,
         "peak_task_memory_mb": round(max(float(row["peak_mb"]) for row in peaks), 1),
-        "statistics": summarise(rows),
+        "statistics": summarise(rows, mining_rule(settings)),
     }
     if engine == "streaming":
         description["second_looks"] = sum(int(row["second_looks"]) for row in rows)
@@ -140,7 +139,7 @@ def mine_round(
     storage.write_manifest(output, MINED_KIND, description, [part_name(b.number) for b in blocks])
     storage.discard(job.output, EMBEDDINGS_KIND)
     storage.discard(scratch, SCRATCH_KIND)
-    return storage.read_manifest(output, MINED_KIND)
+    return read_round(output)
 
 
 def check_round_place(output: str, setting: str = "") -> None:
@@ -168,17 +167,16 @@ def round_facts(
     epoch: int,
 ) -> dict[str, Any]:
     """Everything that a mined set depends on."""
-    mining = settings.mining
+    mining, rule = settings.mining, mining_rule(settings)
     return {
         "epoch": epoch,
         "schema_version": SCHEMA_VERSION,
         "checkpoint": checkpoint_digest(checkpoint),
         "corpus": corpus_digest(corpora),
         "triplets": hashlib.sha256(repr(split.triplets).encode()).hexdigest()[:16],
+        "rule": {"name": rule.name, "version": rule.version, **rule.options()},
         "settings": {
             "exclude_reference": mining.exclude_reference,
-            "rule": "walk over neighbouring drops from the steepest; first pair more than 1 apart",
-            **asdict(drop_rule(settings)),
             "max_negatives": mining.max_negatives,
             "seed": settings.run.seed if mining.max_negatives else None,
             "precision": mining.precision,
@@ -189,17 +187,24 @@ def round_facts(
     }
 
 
-def drop_rule(settings: Settings) -> DropRule:
-    mining = settings.mining
-    return DropRule(mining.window_ranks, mining.window_quantile, mining.min_steepness)
+def mining_rule(settings: Settings) -> Rule:
+    """The rule that the settings name, as they have it."""
+    rule: Rule = rule_named(settings.mining.rule).of(settings.mining)
+    return rule
 
 
 def choose_engine(settings: Settings, corpora: dict[str, tuple[str, ...]]) -> str:
     """The engine of a round: as set, or by the size of the largest corpus."""
+    rule = mining_rule(settings)
+    if settings.mining.engine == "streaming" and not rule.streams:
+        raise InputError(
+            f"mining.engine: the rule {rule.name} needs whole rankings, which 'streaming' does not "
+            "make; set mining.engine to 'auto' or 'sort'"
+        )
     if settings.mining.engine != "auto":
         return settings.mining.engine
     largest = max(len(ids) for ids in corpora.values())
-    return "streaming" if largest >= STREAMING_FROM else "sort"
+    return "streaming" if largest >= STREAMING_FROM and rule.streams else "sort"
 
 
 def _blocks(
@@ -330,51 +335,22 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
     return {name: round(float(np.quantile(values, q)), 6) for name, q in _POINTS.items()}
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(rows: list[dict[str, Any]], rule: Rule) -> dict[str, Any]:
     """Statistics of a round from its blocks' results, independent of how it was cut."""
-    sizes, margins, ranks, codes, steepness = (
+    sizes, margins, ranks, codes = (
         np.concatenate([np.asarray(row[name]) for row in rows])
-        for name in ("sizes", "margins", "ranks", "codes", "steepness")
+        for name in ("sizes", "margins", "ranks", "codes")
     )
-    finite = steepness[np.isfinite(steepness)]
-    statuses = {name: int((codes == i).sum()) for i, name in enumerate(STATUSES)}
-    return {
+    statuses = {name: int((codes == i).sum()) for i, name in enumerate(rule.statuses)}
+    statistics = {
         "statuses": statuses,
-        "steep_share": round(statuses["steep"] / len(codes), 6),
+        "found_share": round(statuses[rule.statuses[0]] / len(codes), 6),
         "set_size": _quantiles(sizes),
         "margin_to_target": _quantiles(margins),
         "target_rank": _quantiles(ranks),
-        "steepness": _quantiles(finite if len(finite) else np.zeros(1)),
     }
-
-
-def round_table(manifest: dict[str, Any]) -> str:
-    """The end-of-round table of a mined set, for people."""
-    statistics = manifest["statistics"]
-    lines = [
-        f"mined set of epoch {manifest['epoch']} ({manifest['engine']} engine)",
-        f"  queries                  {manifest['queries']:>12,}",
-        f"  corpus images            {sum(manifest['corpus_images'].values()):>12,}",
-        f"  between two steep drops  {statistics['steep_share']:>12.1%}",
-    ]
-    for name, count in statistics["statuses"].items():
-        if name != "steep":
-            lines.append(f"  fallback {name:<15} {count:>12,}")
-    for key, label, form in (
-        ("set_size", "negatives per query", ",.0f"),
-        ("margin_to_target", "target - negatives", ".4f"),
-        ("target_rank", "rank of the target", ",.0f"),
-        ("steepness", "steepness of drops", ",.1f"),
-    ):
-        values = "  ".join(f"{name} {statistics[key][name]:{form}}" for name in _POINTS)
-        lines.append(f"  {label:<24} {values}")
-    times = "  ".join(f"{name} {value:.1f} s" for name, value in manifest["seconds"].items())
-    lines.append(f"  time                     {times}")
-    if check := manifest.get("precision_check"):
-        precision = manifest["settings"]["precision"]
-        lines.append(
-            f"  {precision} against fp32          {check['changed']:,} of {check['sampled']:,} "
-            "sampled queries have other drops"
-        )
-    lines.append(f"  peak memory of a task    {manifest['peak_task_memory_mb']:,.0f} MB")
-    return "\n".join(lines)
+    for name in rule.figures:
+        values = np.concatenate([np.asarray(row[f"figure_{name}"]) for row in rows])
+        finite = values[np.isfinite(values)]
+        statistics[name] = _quantiles(finite if len(finite) else np.zeros(1))
+    return statistics

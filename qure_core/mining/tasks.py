@@ -28,11 +28,12 @@ from qure_core.mining.engines.sketch import (
     tensors_from_bytes,
     tensors_to_bytes,
 )
+from qure_core.mining.engines.sort import rank_queries
 from qure_core.mining.engines.streaming import settle_all, summarise_chunks
-from qure_core.mining.mined_set import MINED_SCHEMA
+from qure_core.mining.mined_set import mined_schema
 from qure_core.mining.rows import MinedRow, rows_of, to_table
-from qure_core.mining.rules.drop_rule import STATUSES, DropRule
-from qure_core.mining.rules.steep_drops import steep_drop_negatives
+from qure_core.mining.rules import IMAGE_TOKENS, Rule
+from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.mining.sampling import image_words, query_words, threshold_for
 from qure_core.ranking.blocks import QueryBlock, score_block
 from qure_core.ranking.tiles import IMAGE_TILE, QUERY_TILE, Scorer, query_embeddings, score_chunks
@@ -59,7 +60,7 @@ class RoundTask:
     seed: int
     epoch: int
     exclude_reference: bool
-    rule: DropRule
+    rule: Rule
     max_negatives: int | None
     precision: str
     memory_bytes: int
@@ -101,15 +102,38 @@ def mine_by_sorting(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
 
 
 def _sorted_rows(block: QueryBlock, task: RoundTask, dtype: torch.dtype) -> Iterator[MinedRow]:
-    scores_QM = score_block(EmbeddingShards.open(task.embeddings_uri), block, dtype)
+    embeddings = EmbeddingShards.open(task.embeddings_uri)
+    scores_QM = score_block(embeddings, block, dtype)
     target_Q, reference_Q = task.columns(block)
     query_word_Q, image_word_M = task.words(block)
     held = task.memory_bytes // 2 // (SORT_BYTES * len(block.corpus))
     step = min(max(1, held), QUERY_TILE)
+    tokens = _image_tokens(embeddings, block) if IMAGE_TOKENS in task.rule.needs else None
     for first in range(0, len(block.triplets), step):
         part = slice(first, first + step)
-        drops = steep_drop_negatives(scores_QM[part], target_Q[part], reference_Q[part], task.rule)
-        yield from rows_of(drops, query_word_Q[part], image_word_M, task.max_negatives)
+        ranked = rank_queries(scores_QM[part], target_Q[part], reference_Q[part], tokens)
+        selection = task.rule.select(ranked)
+        statuses, words = task.rule.statuses, query_word_Q[part]
+        yield from rows_of(ranked, selection, statuses, words, image_word_M, task.max_negatives)
+
+
+def _image_tokens(embeddings: EmbeddingShards, block: QueryBlock) -> Callable[[Tensor], Tensor]:
+    """Gives the embeddings [n, T, D] of corpus columns [n]."""
+    shards = embeddings.shards_between(block.corpus[0], block.corpus[-1])
+    # Mapped into memory, not read: only the rows asked for are.
+    values = {number: embeddings.images(number) for number in shards}
+    place = {
+        image_id: (number, row)
+        for number, (ids, _) in values.items()
+        for row, image_id in enumerate(ids)
+    }
+
+    def tokens(columns: Tensor) -> Tensor:
+        places = [place[block.corpus[column]] for column in columns.tolist()]
+        rows = [values[number][1][row] for number, row in places]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+    return tokens
 
 
 def _write_part(
@@ -119,15 +143,17 @@ def _write_part(
     uri = storage.join(task.output, part_name(block.number))
     started = time.monotonic()
     if not storage.exists(uri):
-        write_parquet_parts(uri, _tables(block, task, mine()), MINED_SCHEMA)
+        write_parquet_parts(uri, _tables(block, task, mine()), mined_schema(task.rule.details))
     seconds = time.monotonic() - started
-    batches = [block_statistics(batch) for batch in read_parquet_parts(uri, STATISTICS_COLUMNS)]
+    columns = [*STATISTICS_COLUMNS, *(f"details.{name}" for name in task.rule.figures)]
+    batches = [block_statistics(batch, task.rule) for batch in read_parquet_parts(uri, columns)]
     whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     return whole | {"seconds": seconds, "peak_mb": _peak_mb()}
 
 
 def _tables(block: QueryBlock, task: RoundTask, rows: Iterator[MinedRow]) -> Iterator[pa.Table]:
     """Tables of consecutive rows, each of as many negatives as a quarter of the memory holds."""
+    schema = mined_schema(task.rule.details)
     most = task.memory_bytes // 4 // TABLE_BYTES
     first, held = 0, 0
     waiting: list[MinedRow] = []
@@ -135,38 +161,35 @@ def _tables(block: QueryBlock, task: RoundTask, rows: Iterator[MinedRow]) -> Ite
         waiting.append(row)
         held += len(row.negative_keys)
         if held >= most:
-            yield to_table(block.triplets[first : first + len(waiting)], block.corpus, waiting)
+            some = block.triplets[first : first + len(waiting)]
+            yield to_table(some, block.corpus, waiting, schema)
             first, held, waiting = first + len(waiting), 0, []
     if waiting:
-        yield to_table(block.triplets[first:], block.corpus, waiting)
+        yield to_table(block.triplets[first:], block.corpus, waiting, schema)
 
 
 def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-STATISTICS_COLUMNS = [
-    "target_score",
-    "target_rank",
-    "steepness",
-    "num_negatives",
-    "negative_scores",
-    "status",
-]
+STATISTICS_COLUMNS = ["target_score", "target_rank", "num_negatives", "negative_scores", "status"]
 
 
-def block_statistics(rows: pa.RecordBatch) -> dict[str, np.ndarray]:
-    """Small per-query numbers that the driver merges: sizes, margins, ranks, statuses."""
+def block_statistics(rows: pa.RecordBatch, rule: Rule) -> dict[str, np.ndarray]:
+    """Small per-query numbers that the driver merges: sizes, margins, ranks, statuses, figures."""
     means = [float(np.mean(scores.values.to_numpy())) for scores in rows["negative_scores"]]
     margin = rows["target_score"].to_numpy() - np.asarray(means, np.float32)
-    codes = [STATUSES.index(name) for name in rows["status"].to_pylist()]
-    return {
+    codes = [rule.statuses.index(name) for name in rows["status"].to_pylist()]
+    statistics = {
         "sizes": rows["num_negatives"].to_numpy().astype(np.int64),
         "margins": margin.astype(np.float32),
         "ranks": rows["target_rank"].to_numpy().astype(np.int64),
         "codes": np.asarray(codes, np.int64),
-        "steepness": rows["steepness"].to_numpy(zero_copy_only=False).astype(np.float64),
     }
+    for name in rule.figures:
+        values = rows["details"].field(name)
+        statistics[f"figure_{name}"] = values.to_numpy(zero_copy_only=False).astype(np.float64)
+    return statistics
 
 
 # The streaming engine: anchors of a block, a summary of each range of its corpus, then merging.
@@ -319,6 +342,7 @@ def mine_by_streaming(
             used = np.cumsum([24 * keys + 24 * CHUNK_COLUMNS for keys in asked])
             return max(1, int((used <= task.memory_bytes // 2).sum()))
 
+        assert isinstance(task.rule, DropRule), "`choose_engine` streams no other rule"
         for row, again in settle_all(
             summary, anchors, task.rule, task.max_negatives, chunks, image_word_M, rows_at_once
         ):

@@ -121,14 +121,13 @@ def _curves(
 
 def _round_row(manifest: dict[str, Any], mined: MinedSet, train: Split) -> list[str]:
     statistics, seconds = manifest["statistics"], manifest["seconds"]
+    fallbacks = list(statistics["statuses"].items())[1:]
     relevant = false_negative_share(mined, train)
     return [
         str(manifest["epoch"]),
         f"{manifest['queries']:,}",
-        f"{statistics['steep_share']:.1%}",
-        f"{statistics['statuses']['below_target']:,}",
-        f"{statistics['statuses']['corpus']:,}",
-        f"{statistics['statuses']['smooth']:,}",
+        f"{statistics['found_share']:.1%}",
+        ", ".join(f"{name} {count:,}" for name, count in fallbacks if count) or "none",
         f"{statistics['target_rank']['median']:,.0f}",
         f"{statistics['set_size']['median']:,.0f}",
         f"{statistics['margin_to_target']['median']:.4f}",

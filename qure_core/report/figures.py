@@ -96,7 +96,8 @@ def draw_score_curve(row: dict[str, Any]) -> Figure:
         linestyle="none",
         label=f"target, rank {target}",
     )
-    upper, lower = row["upper_drop"], row["lower_drop"]
+    # Of the steep-drop rule; other rules have other details.
+    upper, lower = (row["details"].get(f"{name}_drop") for name in ("upper", "lower"))
     if upper and lower:
         first, last = upper["rank"] + 1, lower["rank"]
         for drop, name in ((upper, "upper"), (lower, "lower")):

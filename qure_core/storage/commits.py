@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,16 @@ def commit(
     write_json(join(uri, kind.manifest), {"kind": kind.name, **description, "files": files})
 
 
-def kept(uri: str, kind: Kind, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a committed directory if it is whole and says ``facts``, else None."""
+def kept(
+    uri: str,
+    kind: Kind,
+    facts: dict[str, Any],
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any] | None:
+    """The manifest of a committed directory if it is whole and says ``facts``, else None.
+
+    ``upgrade`` puts a manifest that an older version wrote in the terms of today's.
+    """
     place = manifest_uri(uri, kind)
     if place is None:
         return None
@@ -154,6 +162,7 @@ def kept(uri: str, kind: Kind, facts: dict[str, Any]) -> dict[str, Any] | None:
     _check_kind(uri, manifest, kind)
     if faults(uri, manifest):
         return None
+    manifest = upgrade(manifest)
     plain = json.loads(json.dumps(facts))
     return manifest if all(manifest.get(name) == plain[name] for name in plain) else None
 

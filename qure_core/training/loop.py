@@ -212,7 +212,7 @@ def train_segment(segment: Segment, board: Any = None) -> None:
             "features": "stored" if segment.features else "computed",
             "negatives": "captions"
             if segment.stage == "pretrain"
-            else ("steep_drops" if segment.mined_uri else "random"),
+            else (settings.mining.rule if segment.mined_uri else "random"),
         }
         tell("saving a checkpoint", epoch + 1, len(steps) * (epoch + 1 - first), total)
         if rank == 0:

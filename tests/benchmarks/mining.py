@@ -34,7 +34,7 @@ from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.data.schema import Split
 from qure_core.mining.mined_set import MINED_KIND
-from qure_core.mining.rules.drop_rule import DropRule
+from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.mining.stage import hold_round, mine_round, mining_job
 from qure_core.mining.tasks import RoundTask, _sorted_rows
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from synthetic import make_split, write_embeddings
 
-from qure_core.mining.rules.drop_rule import DropRule
+from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.mining.tasks import RoundTask, mine_by_sorting
 from qure_core.ranking.blocks import make_blocks
 

@@ -102,7 +102,7 @@ def figures(run: Path) -> dict[str, Any]:
             "false negatives %": 100 * (false_negative_share(rounds[-1], train_split) or 0),
             "margin": statistics["margin_to_target"]["median"],
             "set size": statistics["set_size"]["median"],
-            "fallback %": 100 * (1 - statistics["steep_share"]),
+            "fallback %": 100 * (1 - statistics["found_share"]),
             "stability": float(np.mean([overlap(*pair) for pair in itertools.pairwise(negatives)])),
         }
     return row

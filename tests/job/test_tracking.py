@@ -111,5 +111,5 @@ def test_a_server_that_is_away_stops_nothing(
 def test_every_metric_of_a_run_is_a_scalar(finished_run: Path) -> None:
     values = scalars(read_metrics(str(finished_run)))
     names = {name for name, _, _ in values}
-    assert {"train/loss", "pretrain/step_loss", "mining/steep_share", "val/R@10"} <= names
+    assert {"train/loss", "pretrain/step_loss", "mining/found_share", "val/R@10"} <= names
     assert len({(name, step) for name, step, _ in values}) == len(values)

@@ -25,7 +25,8 @@ from qure_core.base.config import Settings
 from qure_core.base.errors import BusyError
 from qure_core.data.schema import Split
 from qure_core.mining import read_mined_set
-from qure_core.mining.stage import hold_round, mine_round, mining_job, round_table
+from qure_core.mining.describe import round_table
+from qure_core.mining.stage import hold_round, mine_round, mining_job
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND
 from qure_core.runtime.resources import plan_resources
 from qure_core.storage.lease import hold

@@ -22,7 +22,8 @@ from qure_core.data.images import load_image
 from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
 from qure_core.embeddings.stage import embed_splits
 from qure_core.mining import STATUSES, read_mined_set, steep_drop_negatives
-from qure_core.mining.mined_set import MINED_KIND, MINED_SCHEMA
+from qure_core.mining.mined_set import MINED_KIND, mined_schema
+from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.mining.stage import (
     SCRATCH_KIND,
     check_corpora,
@@ -110,7 +111,7 @@ def test_mined_set_against_an_independent_computation(
             assert triplet.target_id not in row["negative_ids"]
             assert triplet.reference_id not in row["negative_ids"]
             if row["status"] == "steep":
-                upper, lower = row["upper_drop"], row["lower_drop"]
+                upper, lower = (row["details"][name] for name in ("upper_drop", "lower_drop"))
                 assert upper["rank"] == drops.upper_Q[0]
                 assert lower["rank"] == drops.lower_Q[0]
                 assert row["negative_scores"][-1] == lower["score_above"]
@@ -137,7 +138,7 @@ def test_any_sharding_gives_the_same_set(
     plain = pa.schema(
         [
             f.with_type(pa.large_list(pa.string())) if f.name == "negative_ids" else f
-            for f in MINED_SCHEMA
+            for f in mined_schema(DropRule.details)
         ]
     )
     key = [("query_id", "ascending")]

@@ -18,6 +18,7 @@ from torch import Tensor
 from qure_core.mining.engines import sketch, streaming
 from qure_core.mining.engines.keys import key_columns, key_scores, pack_keys
 from qure_core.mining.engines.sketch import Anchors, Summary, merged
+from qure_core.mining.engines.sort import rank_queries
 from qure_core.mining.engines.streaming import (
     QueryRanking,
     Request,
@@ -26,8 +27,7 @@ from qure_core.mining.engines.streaming import (
     summarise_chunks,
 )
 from qure_core.mining.rows import MinedRow, rows_of
-from qure_core.mining.rules.drop_rule import DropRule
-from qure_core.mining.rules.steep_drops import steep_drop_negatives
+from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.mining.sampling import image_words, query_words, threshold_for
 
 
@@ -39,7 +39,8 @@ def by_sorting(
     wanted: int | None,
     words: tuple[Tensor, Tensor],
 ) -> list[MinedRow]:
-    return rows_of(steep_drop_negatives(scores, target, reference, rule), *words, wanted)
+    ranked = rank_queries(scores, target, reference)
+    return rows_of(ranked, rule.select(ranked), rule.statuses, *words, wanted)
 
 
 def by_streaming(
@@ -87,15 +88,7 @@ def by_streaming(
 def assert_same(ours: list[MinedRow], expected: list[MinedRow]) -> None:
     assert len(ours) == len(expected)
     for a, b in zip(ours, expected, strict=True):
-        for name in (
-            "target_score",
-            "target_rank",
-            "upper",
-            "lower",
-            "steepness",
-            "status",
-            "size",
-        ):
+        for name in ("target_score", "target_rank", "status", "details", "size"):
             assert getattr(a, name) == getattr(b, name), name
         np.testing.assert_array_equal(a.negative_keys, b.negative_keys)
 

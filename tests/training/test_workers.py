@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,7 @@ def plain_loss(
 def plain_epoch(run_dir: Path, recipe: Recipe) -> tuple[dict[str, Tensor], list[float]]:
     """Weights and mean losses of a run's first epoch, from the method alone.
 
-    Each triplet by itself, its images through the encoder one by one: no shared images, no parts
-    of batches, no scaling, gradients summed one by one.
+    Each query and each image by itself through the model: no parts of batches, no scaling.
     """
     model, processor, split, corpora = parts(run_dir)
     model.train()
@@ -78,6 +78,7 @@ def plain_epoch(run_dir: Path, recipe: Recipe) -> tuple[dict[str, Tensor], list[
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.05)
     load = ImageLoader(split.images, processor.image_size, 10**7, threads=1, cache_mb=8)
 
+    @cache
     def vision(name: str) -> Tensor:
         return encode_frozen(model.vision_encoder, load([name]), "fp16")
 
@@ -90,20 +91,21 @@ def plain_epoch(run_dir: Path, recipe: Recipe) -> tuple[dict[str, Tensor], list[
             for t in batch
         }
         optimizer.zero_grad()
-        total = 0.0
+        image = cache(lambda name: model.embed_images(vision(name))[0])
+        total = torch.zeros(())
         for triplet in batch:
             ids, mask = processor.texts([triplet.text])
             query_D = model.embed_queries(vision(triplet.reference_id), ids, mask)[0]
 
-            def score(name: str, query_D: Tensor = query_D) -> Tensor:
-                image_TD = model.embed_images(vision(name))[0]
-                return (image_TD @ query_D).max() / model.temperature
+            def score(
+                name: str, query_D: Tensor = query_D, image: Callable[[str], Tensor] = image
+            ) -> Tensor:
+                return (image(name) @ query_D).max() / model.temperature
 
-            loss = plain_loss(recipe.objective, triplet, batch, negatives, score)
-            (loss / len(batch)).backward()
-            total += loss.item()
+            total = total + plain_loss(recipe.objective, triplet, batch, negatives, score)
+        (total / len(batch)).backward()
         optimizer.step()
-        losses.append(total / len(batch))
+        losses.append(total.item() / len(batch))
     return model.state_dict(), losses
 
 

@@ -28,13 +28,11 @@ from qure_core.mining.engines.sketch import (
     bucketed,
     ranked_keys,
 )
-from qure_core.mining.rows import Drop, MinedRow, curve_ranks, sample_keys
-from qure_core.mining.rules.drop_rule import (
-    BELOW_TARGET,
-    CORPUS,
-    SMOOTH,
+from qure_core.mining.rows import MinedRow, curve_ranks, sample_keys
+from qure_core.mining.rules.steep_drops import (
     STEEP,
     DropRule,
+    drop_details,
     neighbourhood,
     relative_height,
 )
@@ -235,39 +233,33 @@ class QueryRanking:
     def _settle(self, rule: DropRule, wanted: int | None) -> MinedRow:
         target_score = float(_scores(np.asarray([self.target_key]))[0])
         below = self.below
-        pair = None
-        steepness = None
+        window = rule.window(below)
+        pair = self._steepest_pair(window) if below else None
+        steepness = self._steepness(pair) if pair else None
+        status = rule.status(below, steepness)
         if below == 0:
-            status, size = CORPUS, self.target_rank
+            size = self.target_rank
             first, last = FIRST_KEY, self.target_key - 1
         else:
-            window = rule.window(below)
-            pair = self._steepest_pair(window)
-            status = BELOW_TARGET
-            if pair:
-                steepness = self._steepness(pair)
-                weak = rule.min_steepness is not None and steepness < rule.min_steepness
-                status = SMOOTH if weak else STEEP
             start, stop = (pair[0] + 1, pair[1]) if status == STEEP and pair else (0, window - 1)
             size = stop - start + 1
             first, last = self.key_at(start), self.key_at(stop)
         keys = self._members(first, last, size, wanted)
-        drops: list[Drop | None] = [None, None]
+        drops = None
         marks = [self.target_rank]
         if status == STEEP and pair:
             base = self.target_rank + 1
             marks += [base + position for position in pair]
-            drops = [
-                Drop(base + position, self.score_at(position), self.score_at(position + 1))
+            upper, lower = (
+                (base + position, self.score_at(position), self.score_at(position + 1))
                 for position in pair
-            ]
+            )
+            drops = (upper, lower)
         return MinedRow(
             target_score=target_score,
             target_rank=self.target_rank,
-            upper=drops[0],
-            lower=drops[1],
-            steepness=steepness,
-            status=status,
+            status=rule.statuses[status],
+            details=drop_details(drops, steepness),
             size=size,
             negative_keys=keys,
             curve=self._curve(target_score, marks),

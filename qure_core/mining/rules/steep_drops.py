@@ -1,29 +1,192 @@
-"""The steep-drop rule (QuRe, section 4) over whole rows of scores, as pure tensor code.
+"""The steep-drop rule (QuRe, section 4): hard negatives lie between two steep drops.
 
 Shapes: Q queries, M images of the corpus, K steepest drops looked at first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qure_core.mining.engines.keys import LAST_KEY, key_columns, key_scores, pack_keys, sort_keys_
-from qure_core.mining.rules.drop_rule import (
-    BELOW_TARGET,
-    CORPUS,
-    SMOOTH,
-    STEEP,
-    DropRule,
-    neighbourhood,
-    relative_height,
-)
-from qure_core.model.relevance import refuse_bad_scores
+from qure_core.base.config import MiningSettings
+from qure_core.mining.engines.keys import key_columns
+from qure_core.mining.engines.ranked import Ranked
+from qure_core.mining.engines.sort import rank_queries
+from qure_core.mining.rules.rule import Selection
 
+STEEP, BELOW_TARGET, CORPUS, SMOOTH = 0, 1, 2, 3
+STATUSES = ("steep", "below_target", "corpus", "smooth")
+"""How a query's negatives were found: between two steep drops; all images below the target,
+because no pair of drops qualifies; the whole corpus but target and reference, because no image
+ranks below the target; or all images below the target, because the two drops are no steeper than
+``min_steepness``. With a window, "all images below the target" are those in it."""
+
+NEIGHBOURS = 8  # gaps on either side of a drop that tell what is typical at its depth
 _FIRST_LOOK = 32  # drops examined before a full sort; nearly every walk ends among them
 _GROUP = 64  # drops that are first reduced to their steepest
+_DROP = {"rank": "int64", "height": "float32", "score_above": "float32", "score_below": "float32"}
+
+
+_Drop = tuple[int, float, float]
+
+
+def drop_details(drops: tuple[_Drop, _Drop] | None, steepness: float | None) -> dict[str, Any]:
+    """The rule's facts of one query, whichever engine found them.
+
+    ``drops`` are the upper and the lower one: the rank of the last image above it, 0 the best, and
+    the scores on both sides; None where the set is not cut by any.
+    """
+
+    def row(rank: int, above: float, below: float) -> dict[str, float]:
+        height = float(np.float32(above) - np.float32(below))
+        return {"rank": rank, "height": height, "score_above": above, "score_below": below}
+
+    upper, lower = (row(*drop) for drop in drops) if drops else (None, None)
+    return {"upper_drop": upper, "lower_drop": lower, "steepness": steepness}
+
+
+@dataclass(frozen=True)
+class DropRule:
+    """Where drops are sought and which are good enough. The default is the released rule.
+
+    Below the target, drops between neighbouring scores are ordered from the steepest (equal
+    drops: the upper first). The first two neighbours of that ordering whose ranks differ by more
+    than 1 bound the negatives: from just below the upper drop to just above the lower one. The
+    gap between the target and the next image is no drop.
+
+    window_ranks, window_quantile: drops are sought among so many images below the target, or
+    such a share of them; the smaller where both are given.
+    min_steepness: a query whose `steepness` is lower takes the named fallback "smooth".
+    """
+
+    window_ranks: int | None = None
+    window_quantile: float | None = None
+    min_steepness: float | None = None
+
+    name: ClassVar[str] = "steep_drops"
+    version: ClassVar[int] = 1
+    statuses: ClassVar[tuple[str, ...]] = STATUSES
+    found: ClassVar[str] = "between two steep drops"
+    details: ClassVar[Mapping[str, Any]] = {
+        "upper_drop": _DROP,
+        "lower_drop": _DROP,
+        "steepness": "float64",  # None where no pair of drops qualifies
+    }
+    figures: ClassVar[Mapping[str, str]] = {"steepness": "steepness of drops"}
+    needs: ClassVar[frozenset[str]] = frozenset()
+    streams: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, mining: MiningSettings) -> DropRule:
+        """The rule as the settings have it."""
+        return cls(mining.window_ranks, mining.window_quantile, mining.min_steepness)
+
+    def options(self) -> dict[str, Any]:
+        """Its settings."""
+        return asdict(self)
+
+    def window(self, below: int) -> int:
+        """How many of ``below`` images under the target are looked at."""
+        limit = below
+        if self.window_ranks is not None:
+            limit = min(limit, self.window_ranks)
+        if self.window_quantile is not None:
+            limit = min(limit, math.ceil(self.window_quantile * below))
+        return limit
+
+    def status(self, below: int, steepness: float | None) -> int:
+        """How a query's negatives are found: of so many images below its target, between drops of
+        such a steepness, None where no pair of drops qualifies."""
+        if below == 0:
+            return CORPUS
+        if steepness is None:
+            return BELOW_TARGET
+        weak = self.min_steepness is not None and steepness < self.min_steepness
+        return SMOOTH if weak else STEEP
+
+    def find(self, ranked: Ranked) -> SteepDrops:
+        """The drops of every query, as tensors."""
+        images = ranked.keys_QM.shape[1]
+        device = ranked.keys_QM.device
+        below_Q, target_rank_Q = ranked.below_Q, ranked.target_rank_Q
+        window_Q = below_Q
+        if self.window_ranks is not None or self.window_quantile is not None:
+            window_Q = torch.tensor([self.window(n) for n in below_Q.tolist()], device=device)
+        sorted_QM = ranked.scores_QM
+        drop_QN = sorted_QM[:, :-1] - sorted_QM[:, 1:]
+        rank_N = torch.arange(images - 1, device=device, dtype=torch.int32)
+        first_Q, last_Q = (x.int()[:, None] for x in (target_rank_Q, target_rank_Q + window_Q))
+        # A real drop is never negative.
+        drop_QN.masked_fill_((rank_N <= first_Q) | (rank_N >= last_Q), -1.0)
+        upper_Q, lower_Q = _first_separated_pair(drop_QN)
+        steepness_Q = _steepness(sorted_QM, target_rank_Q, below_Q, upper_Q, lower_Q)
+
+        found_Q = upper_Q >= 0
+        status_Q = torch.where(found_Q, STEEP, torch.where(below_Q > 0, BELOW_TARGET, CORPUS))
+        if self.min_steepness is not None:
+            status_Q[found_Q & (steepness_Q < self.min_steepness)] = SMOOTH
+        steep_Q = status_Q == STEEP
+        upper_Q, lower_Q = (torch.where(steep_Q, x, -1) for x in (upper_Q, lower_Q))
+        some_Q = below_Q > 0
+        start_Q = torch.where(some_Q, target_rank_Q + 1, 0)
+        stop_Q = torch.where(some_Q, target_rank_Q + 1 + window_Q, ranked.length_Q - 1)
+        return SteepDrops(
+            keys_QM=ranked.keys_QM,
+            length_Q=ranked.length_Q,
+            target_rank_Q=target_rank_Q,
+            start_Q=torch.where(steep_Q, upper_Q + 1, start_Q),
+            stop_Q=torch.where(steep_Q, lower_Q + 1, stop_Q),
+            upper_Q=upper_Q,
+            lower_Q=lower_Q,
+            steepness_Q=steepness_Q,
+            status_Q=status_Q,
+        )
+
+    def select(self, ranked: Ranked) -> Selection:
+        """The hard negatives of every query."""
+        drops = self.find(ranked)
+        # Of queries without drops these are other scores, which nobody looks at.
+        ranks_Q4 = torch.stack([drops.upper_Q, drops.upper_Q + 1, drops.lower_Q, drops.lower_Q + 1])
+        scores_Q4 = ranked.scores_QM.gather(1, ranks_Q4.T.clamp(min=0)).tolist()
+        details: list[dict[str, Any]] = []
+        marks: list[list[int]] = []
+        for upper, lower, steepness, scores in zip(
+            drops.upper_Q.tolist(),
+            drops.lower_Q.tolist(),
+            drops.steepness_Q.tolist(),
+            scores_Q4,
+            strict=True,
+        ):
+            steep = upper >= 0
+            drops_here = ((upper, *scores[:2]), (lower, *scores[2:])) if steep else None
+            details.append(drop_details(drops_here, None if math.isnan(steepness) else steepness))
+            marks.append([upper, lower] if steep else [])
+        return Selection(drops.status_Q, drops.start_Q, drops.stop_Q, details, marks)
+
+    @staticmethod
+    def cut(details: Mapping[str, Any], target_rank: int) -> Any:
+        """Both drops' places below the target."""
+        drops = (details["upper_drop"], details["lower_drop"])
+        return tuple(drop and drop["rank"] - target_rank for drop in drops)
+
+    @staticmethod
+    def describe(details: Mapping[str, Any]) -> list[str]:
+        """Both drops and how steep they are."""
+        lines = [
+            f"{name} drop after rank {drop['rank']:,}: {drop['score_above']:.5f} to "
+            f"{drop['score_below']:.5f} ({drop['height']:.5f})"
+            for name in ("upper", "lower")
+            if (drop := details[f"{name}_drop"])
+        ]
+        if details["steepness"] is not None:
+            lines.append(f"steepness {details['steepness']:.2f} x the typical gap beside the drops")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -62,7 +225,7 @@ def steep_drop_negatives(
     reference_Q: Tensor | None = None,
     rule: DropRule | None = None,
 ) -> SteepDrops:
-    """Find each query's hard negatives between two steep drops.
+    """Find each query's hard negatives between two steep drops, by `DropRule`.
 
     Args:
         scores_QM: relevance scores; equal scores rank in column order.
@@ -71,68 +234,31 @@ def steep_drop_negatives(
             is also the target is kept.
         rule: where drops are sought and how steep they must be; the released rule if None.
 
-    Below the target, drops between neighbouring scores are ordered from the steepest (equal
-    drops: the upper first). The first two neighbours of that ordering whose ranks differ by more
-    than 1 bound the negatives: from just below the upper drop to just above the lower one. The
-    gap between the target and the next image is no drop.
-
     Raises `InputError` if a score is not finite, `ValueError` if a query has no image but its
     target.
     """
-    rule = rule or DropRule()
-    queries, images = scores_QM.shape
-    refuse_bad_scores(scores_QM)
-    device = scores_QM.device
-    rows_Q = torch.arange(queries, device=device)
-    target_Q = target_Q.to(device)
-    keys_QM = pack_keys(scores_QM)
-    target_key_Q = keys_QM[rows_Q, target_Q]
-    length_Q = torch.full((queries,), images, device=device)
-    if reference_Q is not None:
-        reference_Q = reference_Q.to(device)
-        excluded_Q = (reference_Q >= 0) & (reference_Q != target_Q)
-        length_Q = length_Q - excluded_Q.long()
-        keys_QM[rows_Q[excluded_Q], reference_Q[excluded_Q]] = LAST_KEY
-    if bool((length_Q < 2).any()):
-        bad = torch.nonzero(length_Q < 2).flatten()[:5].tolist()
-        raise ValueError(f"queries {bad} have no image to rank but their target")
+    return (rule or DropRule()).find(rank_queries(scores_QM, target_Q, reference_Q))
 
-    keys_QM = sort_keys_(keys_QM)
-    target_rank_Q = torch.searchsorted(keys_QM, target_key_Q[:, None]).squeeze(1)
-    below_Q = length_Q - 1 - target_rank_Q
-    window_Q = below_Q
-    if rule.window_ranks is not None or rule.window_quantile is not None:
-        window_Q = torch.tensor([rule.window(n) for n in below_Q.tolist()], device=device)
 
-    sorted_QM = key_scores(keys_QM)
-    drop_QN = sorted_QM[:, :-1] - sorted_QM[:, 1:]
-    rank_N = torch.arange(images - 1, device=device, dtype=torch.int32)
-    first_Q, last_Q = (x.int()[:, None] for x in (target_rank_Q, target_rank_Q + window_Q))
-    # A real drop is never negative.
-    drop_QN.masked_fill_((rank_N <= first_Q) | (rank_N >= last_Q), -1.0)
-    upper_Q, lower_Q = _first_separated_pair(drop_QN)
-    steepness_Q = _steepness(sorted_QM, target_rank_Q, below_Q, upper_Q, lower_Q)
+def neighbourhood(position: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last positions whose scores tell the typical gap around drops."""
+    first = (position - NEIGHBOURS).clamp(min=0)
+    return first, torch.minimum(below - 1, position + 1 + NEIGHBOURS)
 
-    found_Q = upper_Q >= 0
-    status_Q = torch.where(found_Q, STEEP, torch.where(below_Q > 0, BELOW_TARGET, CORPUS))
-    if rule.min_steepness is not None:
-        status_Q[found_Q & (steepness_Q < rule.min_steepness)] = SMOOTH
-    steep_Q = status_Q == STEEP
-    upper_Q, lower_Q = (torch.where(steep_Q, x, -1) for x in (upper_Q, lower_Q))
-    some_Q = below_Q > 0
-    start_Q = torch.where(some_Q, target_rank_Q + 1, 0)
-    stop_Q = torch.where(some_Q, target_rank_Q + 1 + window_Q, length_Q - 1)
-    return SteepDrops(
-        keys_QM=keys_QM,
-        length_Q=length_Q,
-        target_rank_Q=target_rank_Q,
-        start_Q=torch.where(steep_Q, upper_Q + 1, start_Q),
-        stop_Q=torch.where(steep_Q, lower_Q + 1, stop_Q),
-        upper_Q=upper_Q,
-        lower_Q=lower_Q,
-        steepness_Q=steepness_Q,
-        status_Q=status_Q,
-    )
+
+def relative_height(
+    position: Tensor, below: Tensor, first: Tensor, above: Tensor, under: Tensor, last: Tensor
+) -> Tensor:
+    """Drops' heights over the mean of their neighbouring gaps, float64.
+
+    ``above`` and ``under`` are the scores at each drop, ``first`` and ``last`` those at its
+    `neighbourhood`'s ends. Among equal scores a drop is as steep as its neighbours: 1.
+    """
+    start, stop = neighbourhood(position, below)
+    typical = ((first - above) + (under - last)) / (stop - start - 1)
+    height = above - under
+    flat = torch.where(height > 0, torch.inf, 1.0).double()
+    return torch.where(typical == 0, flat, height / typical)
 
 
 def _steepness(

@@ -1,0 +1,45 @@
+"""Whole rankings by sorting keys, as pure tensor code. Q queries, M images of the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qure_core.mining.engines.keys import LAST_KEY, pack_keys, sort_keys_
+from qure_core.mining.engines.ranked import Ranked
+from qure_core.model.relevance import refuse_bad_scores
+
+
+def rank_queries(
+    scores_QM: Tensor,
+    target_Q: Tensor,
+    reference_Q: Tensor | None = None,
+    image_tokens: Callable[[Tensor], Tensor] | None = None,
+) -> Ranked:
+    """Rank the corpus for every query; equal scores in column order.
+
+    ``target_Q`` are columns; ``reference_Q`` those to leave out, or -1 for none, and kept where
+    they are also the target. Raises `InputError` if a score is not finite, `ValueError` if a query
+    has no image but its target.
+    """
+    queries, images = scores_QM.shape
+    refuse_bad_scores(scores_QM)
+    device = scores_QM.device
+    rows_Q = torch.arange(queries, device=device)
+    target_Q = target_Q.to(device)
+    keys_QM = pack_keys(scores_QM)
+    target_key_Q = keys_QM[rows_Q, target_Q]
+    length_Q = torch.full((queries,), images, device=device)
+    if reference_Q is not None:
+        reference_Q = reference_Q.to(device)
+        excluded_Q = (reference_Q >= 0) & (reference_Q != target_Q)
+        length_Q = length_Q - excluded_Q.long()
+        keys_QM[rows_Q[excluded_Q], reference_Q[excluded_Q]] = LAST_KEY
+    if bool((length_Q < 2).any()):
+        bad = torch.nonzero(length_Q < 2).flatten()[:5].tolist()
+        raise ValueError(f"queries {bad} have no image to rank but their target")
+    keys_QM = sort_keys_(keys_QM)
+    target_rank_Q = torch.searchsorted(keys_QM, target_key_Q[:, None]).squeeze(1)
+    return Ranked(keys_QM, length_Q, target_rank_Q, image_tokens)
