@@ -14,61 +14,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
+from qure_core.evaluation.protocols import PROTOCOLS
 from qure_core.runtime.command import run_job
 from qure_core.runtime.settings import load_settings
 
-PROTOCOLS = ("own", "fashioniq", "cirr", "cirr-test", "circo", "circo-test", "hp-fashioniq")
 RESULT = ("protocol", "checkpoint", "data", "result", "uri")
-
-
-def _recalls(recall: dict[str, dict[str, float]]) -> list[str]:
-    lines = []
-    for category, row in recall.items():
-        cells = "  ".join(f"{name} {value:6.2f}" for name, value in row.items())
-        lines.append(f"  {category:<12} {cells}")
-    return lines
-
-
-def tables(protocol: str, manifest: dict[str, Any]) -> list[str]:
-    """The result as text, its figures beside published ones where the data are the benchmark's."""
-    from qure_core.evaluation.published import comparison_table
-
-    result, dataset = manifest["result"], manifest.get("dataset")
-    if protocol == "own":
-        lines = [
-            f"split {result['split']}: {result['queries']:,} queries; "
-            f"{result['tied']} have a tied target",
-            *_recalls(result["recall"]),
-        ]
-        if relevance := result.get("relevance"):
-            cells = "  ".join(
-                f"{name} {value:.2f}" for name, value in relevance.items() if name != "queries"
-            )
-            lines.append(f"  relevance    {cells}  ({relevance['queries']:,} queries)")
-        return lines
-    if protocol == "fashioniq":
-        lines = []
-        for gallery, part in result.items():
-            lines.append(f"gallery: {gallery}; {part['tied']} queries have a tied target")
-            lines += _recalls(part["recall"])
-            average = part["recall"]["average"]
-            lines.append(comparison_table(dataset, average, f"{gallery} gallery"))
-        return lines
-    if protocol in ("cirr", "circo"):
-        figures = result.get("recall") or result["map"]
-        return [comparison_table(dataset, figures, "val"), f"{result['tied']} tied targets"]
-    if protocol == "hp-fashioniq":
-        return [
-            f"{name:<10} {part['value']:.4f}  95% interval {part['interval_95'][0]:.4f} to "
-            f"{part['interval_95'][1]:.4f}  ({part['pairs']:,} pairs)"
-            for name, part in (("ratio", result["ratio"]), ("symmetric", result["symmetric"]))
-        ] + [f"{result['ties']} ties; intervals resample {result['participants']} participants"]
-    return [f"submission for {result['queries']:,} queries, checked against the server's rules"]
 
 
 def check_result_file(output: str, protocol: str) -> None:
@@ -101,7 +55,7 @@ def read() -> tuple[Settings, argparse.Namespace]:
 
 
 def work(arguments: tuple[Settings, argparse.Namespace]) -> None:
-    from qure_core.evaluation.run_protocol import evaluate_protocol
+    from qure_core.evaluation.run_protocol import evaluate_protocol, measured_by
     from qure_core.runtime.resources import connect, plan_resources
 
     settings, chosen = arguments
@@ -117,7 +71,8 @@ def work(arguments: tuple[Settings, argparse.Namespace]) -> None:
     )
     file = storage.join(chosen.output, f"{chosen.protocol}.json")
     storage.write_json(file, {name: manifest[name] for name in RESULT})
-    print("\n".join(tables(chosen.protocol, manifest)))
+    protocol = measured_by(chosen.protocol, settings)
+    print("\n".join(protocol.lines(manifest["result"], manifest["dataset"])))
     for name in manifest["files"]:
         print(f"file:   {storage.join(manifest['uri'], name)}")
     print(f"result: {file}", flush=True)

@@ -52,12 +52,14 @@ def warn(settings: Settings) -> None:
 def work(settings: Settings) -> None:
     warn(settings)
     # Here, because importing them takes seconds that a wrong setting should not cost.
+    from qure_core.evaluation.protocols import of_format
+    from qure_core.job.layout import committed
     from qure_core.job.run import run, summary_table
 
     summary = run(settings)
-    if summary["evaluations"]:
-        print("\nval, average over categories (percent)")
-        print(summary_table(summary["evaluations"]))
+    if evaluations := committed(settings.run.dir, "evaluations"):
+        print(f"\nval, {of_format(settings.data.format).described} (percent)")
+        print(summary_table(evaluations))
     print(f"\nmining rounds: {summary['rounds']}")
     print(f"run directory: {settings.run.dir}")
     print(f"report:        {summary['report']}", flush=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from qure_core import storage
@@ -13,7 +12,7 @@ from qure_core.base.config import Settings
 from qure_core.data.schema import Split
 from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
 from qure_core.embeddings.stage import EmbedJob, embed_splits
-from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
+from qure_core.evaluation.protocols import Protocol, galleries_of, of_format
 from qure_core.evaluation.rows import ranking_row
 from qure_core.model.checkpoint_files import checkpoint_digest
 from qure_core.model.relevance import refuse_bad_scores
@@ -22,16 +21,6 @@ from qure_core.runtime.resources import Plan
 from qure_core.storage.parquet import read_committed_parquet, read_parquet, write_parquet
 
 EVALUATION_KIND = storage.Kind("evaluation", r"part-\d{5}\.parquet")
-
-
-def galleries_of(split: Split, kind: str) -> dict[str, tuple[str, ...]]:
-    """The images ranked per category: the whole split, or the union of references and targets."""
-    if kind == "split":
-        return split.galleries
-    union: dict[str, set[str]] = {category: set() for category in split.galleries}
-    for triplet in split.triplets:
-        union[triplet.category] |= {triplet.reference_id, str(triplet.target_id)}
-    return {category: tuple(sorted(ids)) for category, ids in union.items()}
 
 
 _RANKINGS = pa.schema(
@@ -111,20 +100,23 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Rank every query of ``split`` with ``checkpoint``; commit rankings and metrics to ``output``.
 
-    Returns the manifest, whose "metrics" follow FashionIQ's protocol per category, with
-    R-precision and the relevant images found in the top 10 where relevance is known.
+    Returns the manifest, whose "metrics" are those of the data's protocol (`protocols.of_format`).
     """
-    # CIRR removes the reference from the ranking first; FashionIQ does not.
-    drop_reference = settings.data.format == "cirr"
+    protocol = of_format(settings.data.format)
     facts = {
         "name": name,
+        "protocol": protocol.name,
         "checkpoint": checkpoint_digest(checkpoint),
         "gallery": settings.evaluation.gallery,
         "split": split.name,
         "vision_precision": settings.model.vision_precision,
     }
+
+    def upgrade(manifest: dict[str, Any]) -> dict[str, Any]:
+        return _upgraded(output, manifest, protocol, split)
+
     job = evaluation_job(settings, split, output)
-    if manifest := storage.kept(output, EVALUATION_KIND, facts):
+    if manifest := storage.kept(output, EVALUATION_KIND, facts, upgrade):
         # Left by a process killed right after it committed.
         storage.discard(job.output, EMBEDDINGS_KIND)
         return manifest
@@ -141,7 +133,7 @@ def evaluate_checkpoint(
         output,
         memory_mb=settings.mining.memory_mb,
         top_k=settings.evaluation.top_k,
-        drop_reference=drop_reference,
+        drop_reference=protocol.drop_reference,
         resources=plan.score,
         checkpoint=checkpoint,
     )
@@ -149,11 +141,24 @@ def evaluate_checkpoint(
     description = facts | {
         "queries": len(rows),
         "gallery_images": {category: len(ids) for category, ids in galleries.items()},
-        "metrics": summarise(rows),
+        "metrics": protocol.metrics(rows, split),
     }
     storage.write_manifest(output, EVALUATION_KIND, description, names)
     storage.discard(job.output, EMBEDDINGS_KIND)
     return storage.read_manifest(output, EVALUATION_KIND)
+
+
+def _upgraded(
+    uri: str, manifest: dict[str, Any], protocol: Protocol, split: Split
+) -> dict[str, Any]:
+    """An older version's evaluation in the terms of today's: its rankings are the same, but it
+    measured all data as `protocols.Own` does."""
+    if "protocol" in manifest:
+        return manifest
+    rows = _committed_rows(uri, manifest).to_pylist()
+    today = manifest | {"protocol": protocol.name, "metrics": protocol.metrics(rows, split)}
+    storage.write_json(storage.join(uri, EVALUATION_KIND.manifest), today)
+    return today
 
 
 def read_rows(uri: str, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -169,24 +174,9 @@ def read_evaluation(uri: str) -> dict[str, Any]:
 
 def read_rankings(uri: str) -> pa.Table:
     """The ranking rows of a committed evaluation."""
-    manifest = storage.read_manifest(uri, EVALUATION_KIND)
+    return _committed_rows(uri, read_evaluation(uri))
+
+
+def _committed_rows(uri: str, manifest: dict[str, Any]) -> pa.Table:
     names = sorted(manifest["files"])
     return pa.concat_tables(read_committed_parquet(uri, name, manifest) for name in names)
-
-
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of ranking rows; recalls in percent, R-precision and found-in-top-10 likewise."""
-    ranks: dict[str, list[int]] = {}
-    for row in rows:
-        ranks.setdefault(row["category"], []).append(row["target_rank"])
-    metrics: dict[str, Any] = {"recall": fashioniq_summary(ranks)}
-    judged = [row["relevant_ranks"] for row in rows if row["relevant_ranks"]]
-    if judged:
-        metrics["relevance"] = {
-            "queries": len(judged),
-            "R-precision": float(np.mean([r_precision(r, len(r)) for r in judged]) * 100),
-            "relevant in top 10": float(
-                np.mean([found_in_top(r, len(r), 10) for r in judged]) * 100
-            ),
-        }
-    return metrics

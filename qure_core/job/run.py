@@ -34,6 +34,7 @@ from qure_core.data.sources import has_split, load_descriptions
 from qure_core.data.world import make_world
 from qure_core.embeddings.feature_use import usable_store
 from qure_core.embeddings.stage import embed_splits
+from qure_core.evaluation.protocols import of_manifest
 from qure_core.evaluation.stage import evaluate_checkpoint, evaluation_job
 from qure_core.job.layout import committed, evaluation_uri, round_uri
 from qure_core.job.place import check_apart, check_places, claim_run
@@ -385,8 +386,8 @@ def run(settings: Settings) -> dict[str, Any]:
                         settings, plan, checkpoint, val, evaluation, evaluations[stop]
                     )
                     print(describe_evaluation(manifest), flush=True)
-                    recall = manifest["metrics"]["recall"]["average"]
-                    monitor.event("evaluated", epoch=stop, uri=evaluation, **recall)
+                    figures = of_manifest(manifest).headline(manifest["metrics"])
+                    monitor.event("evaluated", epoch=stop, uri=evaluation, **figures)
                 if mined:
                     mined_at = stop
                     assert lease is not None
@@ -423,30 +424,26 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def describe_evaluation(manifest: dict[str, Any]) -> str:
-    """One evaluation in a few lines, for people."""
-    average = manifest["metrics"]["recall"]["average"]
-    line = (
-        f"evaluation at {manifest['name']} (gallery: {manifest['gallery']}): "
-        f"R@10 {average['R@10']:.2f}  R@50 {average['R@50']:.2f}  mean {average['mean']:.2f}"
-    )
-    if relevance := manifest["metrics"].get("relevance"):
-        line += (
-            f"  R-precision {relevance['R-precision']:.2f}"
-            f"  relevant in top 10 {relevance['relevant in top 10']:.2f}"
-        )
-    return line
+    """One evaluation in a line, for people."""
+    figures = of_manifest(manifest).headline(manifest["metrics"])
+    cells = "  ".join(f"{name} {value:.2f}" for name, value in figures.items())
+    return f"evaluation at {manifest['name']} (gallery: {manifest['gallery']}): {cells}"
 
 
-def summary_table(evaluations: dict[str, Any]) -> str:
-    """Start, end of warm-up and end side by side."""
-    lines = [f"{'':<24}{'R@10':>9}{'R@50':>9}{'mean':>9}{'R-prec.':>9}{'in top 10':>11}"]
-    for name, metrics in evaluations.items():
-        average = metrics["recall"]["average"]
-        values = [average["R@10"], average["R@50"], average["mean"]]
-        cells = "".join(f"{value:>9.2f}" for value in values)
-        if relevance := metrics.get("relevance"):
-            cells += f"{relevance['R-precision']:>9.2f}{relevance['relevant in top 10']:>11.2f}"
-        lines.append(f"{name:<24}{cells}")
+def summary_table(evaluations: Sequence[dict[str, Any]]) -> str:
+    """The evaluations of a run side by side: start, end of warm-up, end."""
+    protocol = of_manifest(evaluations[0])
+    figures = [protocol.headline(row["metrics"]) for row in evaluations]
+    columns = [name for name in protocol.columns if any(name in row for row in figures)]
+    widths = [max(9, len(name) + 2) for name in columns]
+    header = "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
+    lines = [f"{'':<24}{header}"]
+    for row, values in zip(evaluations, figures, strict=True):
+        cells = [
+            f"{values[name]:>{width}.2f}" if name in values else " " * width
+            for name, width in zip(columns, widths, strict=True)
+        ]
+        lines.append(f"{row['name']:<24}{''.join(cells)}")
     return "\n".join(lines)
 
 
@@ -467,6 +464,7 @@ def read_metrics(run_dir: str) -> list[dict[str, Any]]:
     for manifest in committed(run_dir, "evaluations"):
         lines.append(
             {"kind": "evaluation", "epoch": manifest["epoch"], "name": manifest["name"]}
+            | {"headline": of_manifest(manifest).headline(manifest["metrics"])}
             | manifest["metrics"]
         )
     return lines

@@ -43,8 +43,9 @@ def scalars(lines: Sequence[dict[str, Any]]) -> list[Scalar]:
             values.append(("mining/found_share", line["epoch"], line["found_share"]))
             values.append(("mining/set_size", line["epoch"], line["set_size"]["median"]))
         else:
-            for name, value in line["recall"]["average"].items():
-                values.append((f"val/{name}", line["epoch"], value))
+            values += [
+                (f"val/{name}", line["epoch"], value) for name, value in line["headline"].items()
+            ]
     return values
 
 

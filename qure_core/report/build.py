@@ -14,13 +14,19 @@ from qure_core.base.config import Settings
 from qure_core.base.seeds import generator
 from qure_core.data.images import load_image
 from qure_core.data.schema import Split, Triplet
+from qure_core.evaluation.protocols import of_format, of_manifest
 from qure_core.evaluation.stage import read_rankings
 from qure_core.mining.mined_set import MinedSet, read_mined_set
-from qure_core.report.figures import loss_curve, recall_curve, score_curve, thumbnail
+from qure_core.report.figures import (
+    loss_curve,
+    metric_curves,
+    score_curve,
+    step_curves,
+    thumbnail,
+)
 from qure_core.training.schedule import mining_epochs
 
 TOP = 10
-COLUMNS = ("R@10", "R@50", "mean", "R-precision", "relevant in top 10")
 
 
 def example_queries(split: Split, count: int, seed: int) -> list[Triplet]:
@@ -44,6 +50,9 @@ def build_report(
     those of the run's metrics.
     """
     run_dir = settings.run.dir
+    protocol = of_format(settings.data.format)
+    known = {name for row in evaluations for name in protocol.headline(row["metrics"])}
+    columns = [name for name in protocol.columns if name in known]
     minings = [row["epoch"] for row in rounds]
     mined = {row["epoch"]: read_mined_set(row["uri"]) for row in rounds}
     show_train = _shower(train, settings.data.max_image_pixels)
@@ -64,10 +73,11 @@ def build_report(
             "seed": settings.run.seed,
             "gallery": settings.evaluation.gallery,
         },
-        columns=COLUMNS,
-        metrics=[_metric_row(row) for row in evaluations],
-        categories=_category_rows(evaluations[-1]) if evaluations else [],
-        curves=_curves(lines, evaluations, minings),
+        protocol=protocol.described,
+        columns=columns,
+        metrics=_metric_rows(evaluations, columns),
+        categories=_category_rows(evaluations[-1]) if evaluations else {},
+        curves=_curves(settings, lines, evaluations, minings),
         rounds=[_round_row(row, mined[row["epoch"]], train) for row in rounds],
         mined=_mined_examples(settings, train, last, show_train) if last else [],
         ranked=_ranked_examples(settings, val, evaluations) if val else [],
@@ -77,42 +87,51 @@ def build_report(
     return uri
 
 
-def _metric_row(evaluation: dict[str, Any]) -> dict[str, Any]:
-    metrics = evaluation["metrics"]
-    values = metrics["recall"]["average"] | metrics.get("relevance", {})
-    shown = [f"{values[name]:.2f}" if name in values else "" for name in COLUMNS]
-    return {"name": evaluation["name"], "epoch": evaluation["epoch"], "values": shown}
+def _metric_rows(evaluations: Sequence[dict[str, Any]], columns: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for row in evaluations:
+        values = of_manifest(row).headline(row["metrics"])
+        shown = [f"{values[name]:.2f}" if name in values else "" for name in columns]
+        rows.append({"name": row["name"], "epoch": row["epoch"], "values": shown})
+    return rows
 
 
-def _category_rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
-    recall = evaluation["metrics"]["recall"]
-    return [
-        {
-            "name": category,
-            "images": f"{count:,}",
-            "r10": f"{recall[category]['R@10']:.2f}",
-            "r50": f"{recall[category]['R@50']:.2f}",
-        }
-        for category, count in evaluation["gallery_images"].items()
-        if category in recall
-    ]
+def _category_rows(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """A table of the categories' figures, empty where the protocol has none of them."""
+    figures = of_manifest(evaluation).by_category(evaluation["metrics"])
+    images = evaluation["gallery_images"]
+    return {
+        "columns": list(next(iter(figures.values()), {})),
+        "rows": [
+            [category, f"{images[category]:,}", *(f"{value:.2f}" for value in row.values())]
+            for category, row in figures.items()
+        ],
+    }
 
 
 def _curves(
-    lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], minings: list[int]
+    settings: Settings,
+    lines: Sequence[dict[str, Any]],
+    evaluations: Sequence[dict[str, Any]],
+    minings: list[int],
 ) -> list[dict[str, str]]:
     epochs = {
         stage: [row for row in lines if row["kind"] == "epoch" and row["stage"] == stage]
         for stage in ("pretrain", "train")
     }
-    figures = [
-        {
-            "src": loss_curve(epochs["train"], minings, "Bradley-Terry loss"),
-            "alt": "training loss",
-        },
-    ]
+    loss = f"{settings.objective.name} loss".replace("_", " ")
+    figures = [{"src": loss_curve(epochs["train"], minings, loss), "alt": "training loss"}]
+    told = [row for row in epochs["train"] if "accuracy" in row]  # older runs did not tell it
+    if told:
+        figures.append({"src": step_curves(told, minings), "alt": "accuracy, margin, gradient"})
     if evaluations:
-        figures.append({"src": recall_curve(evaluations, minings), "alt": "recall"})
+        protocol = of_format(settings.data.format)
+        points: dict[str, list[tuple[int, float]]] = {name: [] for name in protocol.drawn}
+        for row in evaluations:
+            for name, value in protocol.headline(row["metrics"]).items():
+                if name in points:
+                    points[name].append((row["epoch"], value))
+        figures.append({"src": metric_curves(points, minings), "alt": "val metrics"})
     if epochs["pretrain"]:
         src = loss_curve(epochs["pretrain"], [], "pretraining contrastive loss")
         figures.append({"src": src, "alt": "pretraining loss"})

@@ -48,32 +48,48 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def loss_curve(epochs: list[dict[str, Any]], minings: list[int], label: str) -> str:
-    """Mean loss per epoch, with the epochs at which negatives were mined."""
-    figure, axes = _axes(5.2, 3.0)
-    axes.plot([row["epoch"] for row in epochs], [row["loss"] for row in epochs], marker=".")
+def _mark_minings(axes: Axes, minings: Sequence[int]) -> None:
     for epoch in minings:
         axes.axvline(epoch, color="tab:red", alpha=0.4, linestyle="--", linewidth=1)
     axes.set_xlabel("epoch" + (" (dashed: mining)" if minings else ""))
+
+
+def loss_curve(epochs: list[dict[str, Any]], minings: Sequence[int], label: str) -> str:
+    """Mean loss per epoch, with the epochs at which negatives were mined."""
+    figure, axes = _axes(5.2, 3.0)
+    axes.plot([row["epoch"] for row in epochs], [row["loss"] for row in epochs], marker=".")
+    _mark_minings(axes, minings)
     axes.set_ylabel(label)
     return _finish(figure)
 
 
-def recall_curve(evaluations: Sequence[dict[str, Any]], minings: list[int]) -> str:
-    """Average recalls (and R-precision where known) over the epochs evaluated."""
+def step_curves(epochs: list[dict[str, Any]], minings: Sequence[int]) -> str:
+    """Pairwise accuracy, margin and gradient norm per epoch, each on a scale of its own."""
+    figure, axes = plt.subplots(3, 1, figsize=(5.2, 4.4), sharex=True)
+    places = [row["epoch"] for row in epochs]
+    for part, (name, label) in zip(
+        axes,
+        (("accuracy", "accuracy"), ("margin", "margin"), ("gradient_norm", "gradient")),
+        strict=True,
+    ):
+        part.plot(places, [row[name] for row in epochs], marker=".")
+        part.set_ylabel(label)
+        part.spines[["top", "right"]].set_visible(False)
+        part.grid(alpha=0.25)
+        _mark_minings(part, minings)
+    for part in axes[:-1]:
+        part.set_xlabel("")
+    return _finish(figure)
+
+
+def metric_curves(points: dict[str, list[tuple[int, float]]], minings: Sequence[int]) -> str:
+    """Metrics in percent by name, each of (epoch, value)."""
     figure, axes = _axes(5.2, 3.0)
-    epochs = [row["epoch"] for row in evaluations]
-    for name in ("R@10", "R@50"):
-        values = [row["metrics"]["recall"]["average"][name] for row in evaluations]
-        axes.plot(epochs, values, marker="o", label=name)
-    judged = [row for row in evaluations if "relevance" in row["metrics"]]
-    if judged:
-        values = [row["metrics"]["relevance"]["R-precision"] for row in judged]
-        axes.plot([row["epoch"] for row in judged], values, marker="s", label="R-precision")
-    for epoch in minings:
-        axes.axvline(epoch, color="tab:red", alpha=0.4, linestyle="--", linewidth=1)
+    for name, values in points.items():
+        if values:
+            axes.plot(*zip(*values, strict=True), marker="o", label=name)
+    _mark_minings(axes, minings)
     axes.set_ylim(0, 100)
-    axes.set_xlabel("epoch")
     axes.set_ylabel("val, percent")
     axes.legend(frameon=False)
     return _finish(figure)

@@ -163,16 +163,16 @@ def test_cirr_members_that_are_no_list_are_a_problem(tmp_path: Path, members: An
 
 
 def test_a_split_without_targets_is_not_measured(tmp_path: Path) -> None:
-    from qure_core.base.config import Settings
-    from qure_core.evaluation.run_protocol import _load
+    from qure_core.evaluation.protocols import Request
+    from qure_core.evaluation.protocols.recalls import own_split
 
     caption = {"pairid": 1, "reference": "a", "caption": "x", "img_set": {"members": ["a", "b"]}}
     cirr(tmp_path, "test1", caption)
-    settings = Settings(data={"format": "cirr", "root": str(tmp_path)})
+    data = DataSettings(format="cirr", root=str(tmp_path))
     with pytest.raises(InputError, match=r"'test1' split of .* has no targets to measure by"):
-        _load(settings, "own", "test1")
+        own_split(Request(data, "test1"))
     with pytest.raises(InputError, match=r"has no 'val' split; name one that is there"):
-        _load(settings, "own", "val")
+        own_split(Request(data, "val"))
 
 
 def test_relevance_outside_the_gallery_is_a_problem(tmp_path: Path) -> None:

@@ -16,17 +16,15 @@ from hypothesis import strategies as st
 
 from qure_core.base.errors import InputError
 from qure_core.data.schema import Split, Triplet
-from qure_core.evaluation.protocols import (
+from qure_core.evaluation.metrics import (
     average_precision,
-    check_circo_submission,
-    check_cirr_submission,
-    circo_submission,
     circo_summary,
-    cirr_submission,
     cirr_summary,
-    parse_hp_fashioniq,
     preference_summary,
 )
+from qure_core.evaluation.protocols.circo import check_circo_submission, circo_submission
+from qure_core.evaluation.protocols.cirr import check_cirr_submission, cirr_submission
+from qure_core.evaluation.protocols.hp_fashioniq import parse_hp_fashioniq
 from qure_core.evaluation.published import PUBLISHED, comparison_table, known_dataset
 from qure_core.evaluation.rows import ranking_row
 

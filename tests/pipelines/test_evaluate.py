@@ -15,11 +15,8 @@ import torch
 from conftest import Runner
 from PIL import Image
 
-from qure_core.evaluation.protocols import (
-    MAX_SUBMISSION_BYTES,
-    check_circo_submission,
-    check_cirr_submission,
-)
+from qure_core.evaluation.protocols.circo import check_circo_submission
+from qure_core.evaluation.protocols.cirr import MAX_SUBMISSION_BYTES, check_cirr_submission
 from qure_core.model import QuReConfig, QuReModel, QuReProcessor, learn_tokenizer
 from qure_core.model.checkpoints import save_checkpoint
 
