@@ -14,13 +14,20 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+_FREE: dict[str, Any] = {"free": True}
+
+
+def _free(default: Any, **options: Any) -> Any:
+    """A setting that may change between a run and its resumption: the result stays the same."""
+    return Field(default, json_schema_extra=_FREE, **options)
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class RunSettings(_Section):
-    dir: str = Field(
+    dir: str = _free(
         "runs/quickstart", description="run directory: a path or URI that all nodes see"
     )
     seed: int = Field(1000, ge=0, description="seed of every random choice (the paper's is 1000)")
@@ -42,7 +49,7 @@ class DataSettings(_Section):
     format: Literal["world", "fashioniq", "cirr", "circo", "jsonl"] = Field(
         "world", description="layout of the data; 'world' is drawn at data.root if it is not there"
     )
-    root: str = Field("data/world", description="dataset directory: a path or URI")
+    root: str = _free("data/world", description="dataset directory: a path or URI")
     categories: list[str] | None = Field(
         None,
         description="FashionIQ and JSONL layouts: categories to use (default: all that are there)",
@@ -131,10 +138,10 @@ class TrainSettings(_Section):
         description="evaluate every so many epochs, besides the start, the end of the warm-up "
         "and the end",
     )
-    keep_checkpoints: int = Field(
+    keep_checkpoints: int = _free(
         2, ge=1, description="newest epoch checkpoints kept, besides those of stage boundaries"
     )
-    log_every: int = Field(20, ge=1, description="steps between progress lines")
+    log_every: int = _free(20, ge=1, description="steps between progress lines")
 
     @field_validator("negatives", mode="before")
     @classmethod
@@ -181,7 +188,7 @@ class MiningSettings(_Section):
         ge=1,
         description="keep at most so many of a query's negatives, a uniform sample (default: all)",
     )
-    engine: Literal["auto", "sort", "streaming"] = Field(
+    engine: Literal["auto", "sort", "streaming"] = _free(
         "auto",
         description="sort ranks a corpus in one task, streaming in parts; the sets are the same "
         "(auto: streaming from 100,000 images)",
@@ -194,19 +201,19 @@ class MiningSettings(_Section):
     stored: Literal["fp32", "fp16"] = Field(
         "fp32", description="of the images' embeddings on disk; fp16 halves what is read"
     )
-    corpus_range: int | None = Field(
+    corpus_range: int | None = _free(
         None,
         ge=1,
         description="images that one streaming task summarises (default: by corpus and "
         "cluster, at most 262,144)",
     )
-    corpus_shards: int | None = Field(
+    corpus_shards: int | None = _free(
         None, ge=1, description="files the embeddings are split into (default: by size)"
     )
-    memory_mb: int = Field(
+    memory_mb: int = _free(
         1024, ge=64, description="working memory of one scoring task, MB; sets the query block"
     )
-    query_block: int | None = Field(
+    query_block: int | None = _free(
         None, ge=1, description="queries scored together (default: what memory_mb allows)"
     )
 
@@ -221,47 +228,47 @@ class EvaluationSettings(_Section):
 
 
 class ClusterSettings(_Section):
-    train_workers: int = Field(1, ge=1, description="training workers (one per GPU)")
-    gpus: Literal["auto", "none"] | int = Field(
+    train_workers: int = _free(1, ge=1, description="training workers (one per GPU)")
+    gpus: Literal["auto", "none"] | int = _free(
         "auto",
         description="GPUs per training worker and per embedding actor: auto is 1 if the cluster "
         "has any, else none",
     )
-    cpus_per_train_worker: int = Field(1, ge=1, description="CPUs and threads of a training worker")
-    embed_actors: int = Field(1, ge=1, description="actors that embed images and queries")
-    cpus_per_embed_actor: int = Field(1, ge=1, description="CPUs and threads of an embedding actor")
+    cpus_per_train_worker: int = _free(1, ge=1, description="CPUs and threads of a training worker")
+    embed_actors: int = _free(1, ge=1, description="actors that embed images and queries")
+    cpus_per_embed_actor: int = _free(1, ge=1, description="CPUs and threads of an embedding actor")
     embed_batch: int = Field(64, ge=1, description="images embedded together, per actor")
-    decode_threads: int = Field(2, ge=1, description="image decoding threads per worker or actor")
-    image_cache_mb: int = Field(
+    decode_threads: int = _free(2, ge=1, description="image decoding threads per worker or actor")
+    image_cache_mb: int = _free(
         512, ge=0, description="preprocessed images a training worker keeps in memory, MB"
     )
-    max_failures: int = Field(2, ge=0, description="training worker failures survived per stage")
-    scale_up_seconds: int = Field(
+    max_failures: int = _free(2, ge=0, description="training worker failures survived per stage")
+    scale_up_seconds: int = _free(
         0, ge=0, description="how long to wait for nodes that an autoscaler still has to start"
     )
 
 
 class FeatureStoreSettings(_Section):
-    dir: str = Field(
+    dir: str = _free(
         "features", description="directory of feature stores: a path or URI that all nodes see"
     )
-    cache_dir: str = Field(
+    cache_dir: str = _free(
         f"{tempfile.gettempdir()}/qure-features-{getpass.getuser()}",
         description="local directory in which a node keeps what it fetches of a remote store",
     )
-    shard_images: int = Field(256, ge=1, description="images in one file of a store")
+    shard_images: int = _free(256, ge=1, description="images in one file of a store")
 
 
 class ReportSettings(_Section):
-    examples: int = Field(6, ge=0, le=100, description="example queries shown in the report")
+    examples: int = _free(6, ge=0, le=100, description="example queries shown in the report")
 
 
 class TrackingSettings(_Section):
-    backend: Literal["none", "mlflow", "wandb"] = Field(
+    backend: Literal["none", "mlflow", "wandb"] = _free(
         "none", description="also send settings and metrics there, through its own client"
     )
-    project: str = Field("qure", description="MLflow experiment or Weights & Biases project")
-    uri: str | None = Field(
+    project: str = _free("qure", description="MLflow experiment or Weights & Biases project")
+    uri: str | None = _free(
         None, description="MLflow tracking server (default: MLFLOW_TRACKING_URI, else MLflow's own)"
     )
 
@@ -283,7 +290,7 @@ class Settings(BaseSettings):
     mining: MiningSettings = MiningSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()
-    features: Literal["auto", "required", "build", "off"] = Field(
+    features: Literal["auto", "required", "build", "off"] = _free(
         "auto",
         description="the frozen encoder's features: auto reads a feature store that has all that "
         "is needed, required insists on one, build fills it first, off computes them",
@@ -332,3 +339,14 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = item
     return flat
+
+
+def free_settings(model: type[BaseModel] = Settings, prefix: str = "") -> set[str]:
+    """The dotted names of the settings that are `_free`."""
+    found: set[str] = set()
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= free_settings(field.annotation, f"{prefix}{name}.")
+        elif field.json_schema_extra == _FREE:
+            found.add(f"{prefix}{name}")
+    return found

@@ -24,7 +24,7 @@ import yaml
 from tensorboardX import SummaryWriter
 
 from qure_core import storage
-from qure_core.base.config import Settings, flatten
+from qure_core.base.config import Settings, flatten, free_settings
 from qure_core.base.errors import InputError
 from qure_core.base.seeds import derive
 from qure_core.data import Split, load_split, mining_galleries, read_split, write_split
@@ -56,36 +56,6 @@ from qure_core.training.schedule import evaluation_epochs, mining_epochs, stage_
 from qure_core.training.segment import Segment
 from qure_core.training.trainer import remove_scratch, run_segment
 
-# Settings that may change between a run and its resumption: they do not change its result.
-_FREE = {
-    "run.dir",
-    "data.root",
-    "cluster.train_workers",
-    "cluster.gpus",
-    "cluster.cpus_per_train_worker",
-    "cluster.embed_actors",
-    "cluster.cpus_per_embed_actor",
-    "cluster.decode_threads",
-    "cluster.image_cache_mb",
-    "cluster.max_failures",
-    "cluster.scale_up_seconds",
-    "features",
-    "feature_store.dir",
-    "feature_store.cache_dir",
-    "feature_store.shard_images",
-    "mining.corpus_shards",
-    "mining.memory_mb",
-    "mining.query_block",
-    "mining.engine",
-    "mining.corpus_range",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "report.examples",
-    "tracking.backend",
-    "tracking.project",
-    "tracking.uri",
-}
-
 
 def _differences(settings: Settings, sections: Sequence[str]) -> list[str]:
     """The settings of ``sections`` that the run there, if any, was made with other values of."""
@@ -94,10 +64,11 @@ def _differences(settings: Settings, sections: Sequence[str]) -> list[str]:
         return []
     # What it did not know yet has a default that means what was done then.
     before = flatten(parse_settings(yaml.safe_load(storage.read_bytes(uri)), uri).resolved())
+    free = free_settings()
     return [
         f"  {name}: {before.get(name)!r} there, {value!r} now"
         for name, value in flatten(settings.resolved()).items()
-        if name.split(".")[0] in sections and name not in _FREE and before.get(name) != value
+        if name.split(".")[0] in sections and name not in free and before.get(name) != value
     ]
 
 

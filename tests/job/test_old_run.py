@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import GOLDENS, Runner
 from safetensors.torch import load_file
-from test_workers import check_weights
+from training_oracle import check_weights
 
 from qure_core import Encoder
 from qure_core.data import read_split
@@ -31,8 +31,10 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_its_parts_are_read(old: Path) -> None:
+    manifest = json.loads((old / "run/rounds/epoch-0002/_manifest.json").read_text())
+    assert manifest["schema_version"] == 2
     mined = read_mined_set(str(old / "run/rounds/epoch-0002"))
-    assert mined.manifest["schema_version"] == 2
+    assert mined.manifest["rule"]["name"] == "steep_drops"
     negatives = mined.negatives()
     assert len(negatives) == 48
     rows = mined.rows(list(negatives))

@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, Runner, job
 from PIL import Image
 from safetensors.torch import load_file
-from test_workers import Recipe, check_weights, plain_epoch
+from training_oracle import Recipe, check_weights, plain_epoch
 
 from qure_core.evaluation.stage import read_rankings
 from qure_core.job.run import save_config

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import s3fs
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 from conftest import GOLDENS, ROOT
 from flaky_storage import DENIED, NOT_DELETED, FlakyStorage, flaky_storage
 from PIL import Image

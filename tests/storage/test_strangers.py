@@ -16,10 +16,8 @@ from typing import Any
 
 import pytest
 import s3fs
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 from conftest import GOLDENS, ROOT
+from PIL import Image
 from s3_server import S3Server, s3_server
 
 from qure_core import storage

@@ -1,6 +1,6 @@
 """A user's walk through the pipelines with data of their own, well and badly used.
 
-    python tests/walkthrough.py [DIRECTORY]
+    python tests/support/walkthrough.py [DIRECTORY]
 
 Draws 60 images and writes triplets.jsonl beside them; trains, evaluates, mines and looks at what
 came out; and does on the way what people do: names a directory with files in it, damages weights,
@@ -29,8 +29,8 @@ import ray
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parent.parent
-GOLDENS = Path(__file__).parent / "goldens"
+ROOT = Path(__file__).parents[2]
+GOLDENS = ROOT / "tests/goldens"
 MOST_LINES = 12
 NOISE = ("core_worker", "TrainingReport", "pid=", "Traceback", "Warning:", "raylet")
 COLOURS = {"red": "#c22", "green": "#2a5", "blue": "#35c", "yellow": "#dc4", "grey": "#888"}
