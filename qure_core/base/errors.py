@@ -73,4 +73,6 @@ def bad_input_of_workers(blame: str = "") -> Iterator[None]:
 
 def input_error(error: BaseException) -> InputError | None:
     """The `InputError` that ``error`` is or was raised from, on whichever node; else None."""
-    return next((link for link in chain(error) if isinstance(link, InputError)), None)
+    # Ray's own exceptions are also of the type of their cause, but speak of the whole way.
+    found = (link for link in chain(error) if isinstance(link, InputError))
+    return next((link for link in found if not hasattr(link, "cause")), None)

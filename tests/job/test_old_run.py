@@ -98,7 +98,7 @@ def test_its_feature_store_encodes_nothing_again(
         f"--feature_store.dir={tmp_path}/features",
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"images +180\n +encoded now +0 ", result.stdout), result.stdout
+    assert re.search(r"encoded now +0 ", result.stdout), result.stdout
 
 
 def test_settings_of_a_later_version_are_refused(

@@ -39,20 +39,24 @@ def parts(run_dir: Path) -> tuple[QuReModel, QuReProcessor, Split, dict[str, lis
 def plain_loss(
     objective: str,
     triplet: Triplet,
-    others: Sequence[Triplet],
+    batch: Sequence[Triplet],
+    known: Sequence[Triplet],
     negatives: dict[str, tuple[str, ...]],
     score: Callable[[str], Tensor],
 ) -> Tensor:
-    """One triplet's loss from its definition; ``score`` gives an image's score."""
+    """One triplet's loss from its definition, in its batch and among all that are known.
+
+    ``score`` gives an image's score.
+    """
     positive = score(str(triplet.target_id))
     own = negatives[triplet.query_id]
     if objective == "bradley_terry":
         losses = [-torch.nn.functional.logsigmoid(positive - score(name)) for name in own]
         return torch.stack(losses).mean()
-    same = [other for other in others if other.category == triplet.category]
+    same = [other for other in batch if other.category == triplet.category]
     names = {name for o in same for name in (str(o.target_id), *negatives[o.query_id])}
-    query = (triplet.reference_id, triplet.text)
-    names -= {str(o.target_id) for o in same if (o.reference_id, o.text) == query}
+    query = (triplet.category, triplet.reference_id, triplet.text)
+    names -= {str(o.target_id) for o in known if (o.category, o.reference_id, o.text) == query}
     names = (names - {triplet.reference_id}) | set(own)
     return torch.stack([positive, *map(score, sorted(names))]).logsumexp(dim=0) - positive
 
@@ -92,7 +96,9 @@ def plain_epoch(run_dir: Path, recipe: Recipe) -> tuple[dict[str, Tensor], list[
             ) -> Tensor:
                 return (image(name) @ query_D).max() / model.temperature
 
-            total = total + plain_loss(recipe.objective, triplet, batch, negatives, score)
+            total = total + plain_loss(
+                recipe.objective, triplet, batch, split.triplets, negatives, score
+            )
         (total / len(batch)).backward()
         optimizer.step()
         losses.append(total.item() / len(batch))
