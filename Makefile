@@ -1,4 +1,5 @@
 # make train: set everything up and run the main job.  make test: linters and all tests.
+# make check: linters and the tests that need no Ray, for while one works.
 # TORCH is the build to install, e.g. make train TORCH="torch==2.14.1".
 VENV := .venv
 PYTHON ?= python3
@@ -7,7 +8,7 @@ CONFIG ?= configs/quickstart.yaml
 # Errors alone: warnings of pip's own settings are not this project's.
 PIP := $(VENV)/bin/pip install -qq --disable-pip-version-check
 
-.PHONY: train test audit clean
+.PHONY: train test check audit clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@echo "installing into $(VENV), once; this takes a few minutes ..."
@@ -24,11 +25,16 @@ $(VENV)/.installed-test: $(VENV)/.installed
 train: $(VENV)/.installed
 	@$(VENV)/bin/python cluster/local.py submit -- python pipelines/train.py --config $(CONFIG) $(ARGS)
 
+LINT = $(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+PYTEST = $(VENV)/bin/pytest -n 2 -rs --durations=30
+
 test: $(VENV)/.installed-test
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=30
+	$(LINT)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
+
+check: $(VENV)/.installed-test
+	$(LINT)
+	$(PYTEST) -m "not ray and not job and not cluster"
 
 # Known vulnerabilities of what is installed; asks the advisory databases, so it needs the internet,
 # and fails for what they do not answer. A build for one device (2.13.0+cu130) goes by its version.

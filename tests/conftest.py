@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from forked import run_script
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
@@ -33,8 +33,23 @@ FIRST = [
 ]
 
 
+_JOB = {"run_pipeline", "finished", "finished_run", "small_disk", "standing_cluster"}
+_RAY = {"local_ray", "world"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [*FIRST, item.path.name].index(item.path.name))
+    for item in items:
+        # Each test is in one lane; files that start processes of their own say so themselves.
+        if any(item.get_closest_marker(lane) for lane in ("ray", "job", "cluster")):
+            continue
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if item.path.parent.name == "cluster":
+            item.add_marker("cluster")
+        elif fixtures & _JOB:
+            item.add_marker("job")
+        elif fixtures & _RAY:
+            item.add_marker("ray")
 
 
 @pytest.fixture(scope="session")
@@ -78,14 +93,7 @@ def run_pipeline() -> Runner:
     """Run ``pipelines/NAME.py`` with arguments, as a user would."""
 
     def run(name: str, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "pipelines" / f"{name}.py"), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=ROOT,
-            check=False,
-        )
+        return run_script(ROOT / "pipelines" / f"{name}.py", arguments, ROOT, timeout)
 
     return run
 
@@ -116,7 +124,7 @@ def job(world: Path, run_dir: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished(
-    world: Path, tmp_path_factory: pytest.TempPathFactory, run_pipeline: Runner
+    world: Path, tmp_path_factory: pytest.TempPathFactory, run_pipeline: Runner, local_ray: str
 ) -> tuple[Path, str]:
     """A whole run's directory and output, made by one of the test processes for all."""
     base = tmp_path_factory.getbasetemp()
@@ -125,7 +133,9 @@ def finished(
     run_dir, output = base / "finished", base / "finished.txt"
     with FileLock(f"{run_dir}.lock"):
         if not output.exists():
-            result = run_pipeline("train", *job(world, run_dir))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("RAY_ADDRESS", local_ray)
+                result = run_pipeline("train", *job(world, run_dir))
             assert result.returncode == 0, result.stdout + result.stderr
             output.write_text(result.stdout)
     return run_dir, output.read_text()

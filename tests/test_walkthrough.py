@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.job
+
 
 @pytest.mark.timeout(1500)
 def test_a_user_with_own_data_loses_nothing_and_gets_one_line_a_failure(tmp_path: Path) -> None:

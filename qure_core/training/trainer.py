@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import uuid
@@ -87,6 +88,9 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
         ),
     )
     storage.begin(storage.join(scratch, name), _NOTES_KIND)
+    # How often workers are asked whether they are done; every two seconds by default, which is much
+    # of a short segment.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     try:
         _fit(trainer)
         raise_fault(fault)

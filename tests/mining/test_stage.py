@@ -22,16 +22,10 @@ from qure_core.data.images import load_image
 from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
 from qure_core.embeddings.stage import embed_splits
 from qure_core.mining import STATUSES, read_mined_set, steep_drop_negatives
+from qure_core.mining.describe import round_table
 from qure_core.mining.mined_set import MINED_KIND, mined_schema
 from qure_core.mining.rules.steep_drops import DropRule
-from qure_core.mining.stage import (
-    SCRATCH_KIND,
-    check_corpora,
-    hold_round,
-    mine_round,
-    mining_job,
-    round_table,
-)
+from qure_core.mining.stage import SCRATCH_KIND, check_corpora, hold_round, mine_round, mining_job
 from qure_core.model import QuReModel, QuReProcessor, build_model, learn_tokenizer
 from qure_core.model.checkpoints import save_checkpoint
 from qure_core.ranking.blocks import make_blocks

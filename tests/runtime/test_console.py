@@ -50,6 +50,8 @@ def late():
 LATE = threading.Thread(target=late)
 """
 
+pytestmark = pytest.mark.job
+
 
 def process(what: str, tmp_path: Path, code: str = JOB) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

@@ -30,6 +30,8 @@ import local
 DRAW = ["prepare.py", "world", "--data.world.images=180", "--data.world.image_size=16"]
 DRAW += ["--data.world.images_per_combination=3", "--data.world.train_triplets=9"]
 
+pytestmark = pytest.mark.job
+
 
 @pytest.fixture
 def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -26,6 +26,8 @@ from qure_core.storage import lease as lease_module
 from qure_core.storage import s3 as object_storage
 from qure_core.storage.lease import hold
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
