@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(item.get_closest_marker(lane) for lane in ("ray", "job", "cluster")):
             continue
         fixtures = set(getattr(item, "fixturenames", ()))
-        if item.path.parent.name == "cluster":
+        if item.path.parent.name == "cluster" or "[s3" in item.name:  # a server of its own
             item.add_marker("cluster")
         elif fixtures & _JOB:
             item.add_marker("job")

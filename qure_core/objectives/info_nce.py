@@ -27,7 +27,9 @@ class InfoNCE:
         del options
 
     def __call__(self, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-        scores_BA = outputs.scores_BA.float() / outputs.temperature
+        scores_BA = outputs.scores_BA / outputs.temperature
+        # Sums of exponentials in half precision would say little.
+        scores_BA = scores_BA.to(torch.promote_types(scores_BA.dtype, torch.float32))
         target_B1 = outputs.target_B[:, None]
         assert outputs.candidate_BA is not None, "an in-batch objective"
         counted_BA = outputs.candidate_BA.scatter(1, target_B1, True)

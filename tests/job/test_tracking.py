@@ -21,7 +21,7 @@ LINES = [
 ]
 MORE = [
     {"kind": "step", "stage": "train", "loss": 0.5},
-    {"kind": "evaluation", "epoch": 1, "recall": {"average": {"R@10": 12.5}}},
+    {"kind": "evaluation", "epoch": 1, "headline": {"R@10": 12.5}},
 ]
 
 

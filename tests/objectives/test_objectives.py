@@ -66,7 +66,6 @@ def test_info_nce_by_hand() -> None:
         counted = {int(targets[row]), *torch.nonzero(candidates[row]).flatten().tolist()}
         total = sum(math.exp(float(scores[row, column]) / 0.5) for column in counted)
         expected = math.log(total) - float(scores[row, targets[row]]) / 0.5
-        # In the scores' own precision on a GPU, in float32 here.
         assert float(losses[row]) == pytest.approx(expected, rel=1e-6)
 
 
