@@ -15,7 +15,12 @@ from qure_core import storage
 from qure_core.storage.parquet import read_committed_parquet
 
 _VERSION = 2  # from 2 on a training gallery is without the images that only other splits name
-SPLIT_KIND = storage.Kind("dataset split", r"(triplets|images|galleries)\.parquet")
+SPLIT_KIND = storage.Kind(
+    "dataset split",
+    r"(triplets|images|galleries)\.parquet",
+    version=_VERSION,
+    version_key="version",
+)
 
 _TRIPLETS = pa.schema(
     [
@@ -76,7 +81,6 @@ def write_split(uri: str, split: Split) -> None:
         )
         pq.write_table(galleries, directory / "galleries.parquet")
         description |= {
-            "version": _VERSION,
             "name": split.name,
             "triplets": len(split.triplets),
             "images": len(split.images),

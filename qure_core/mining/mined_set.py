@@ -11,15 +11,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qure_core import storage
-from qure_core.base.errors import InputError
 from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.storage.parquet import read_committed_parquet
 
-# The names beside the parts begin with an underscore, which readers of Parquet directories skip.
-MINED_KIND = storage.Kind("mined set", r"part-\d{5}\.parquet", "_manifest.json")
 SCHEMA_VERSION = 3
 """3: the rule's facts are a struct, ``details``; until 2 those of steep drops were columns."""
 
+# The names beside the parts begin with an underscore, which readers of Parquet directories skip.
+MINED_KIND = storage.Kind(
+    "mined set", r"part-\d{5}\.parquet", "_manifest.json", SCHEMA_VERSION, "schema_version"
+)
 _OLD_DETAILS = ("upper_drop", "lower_drop", "steepness")
 
 
@@ -93,16 +94,8 @@ def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_round(uri: str) -> dict[str, Any]:
-    """The manifest of a committed round, in today's terms; `InputError` if it is not finished, or
-    a later version wrote it."""
-    manifest = storage.read_manifest(uri, MINED_KIND)
-    if int(manifest.get("schema_version", 1)) > SCHEMA_VERSION:
-        raise InputError(
-            f"{uri}: a mined set of schema version {manifest['schema_version']}, where this "
-            f"program reads up to {SCHEMA_VERSION}: a later version wrote it. Update qure-core, or "
-            "mine again"
-        )
-    return upgraded(manifest)
+    """The manifest of a committed round, in today's terms; `InputError` if it is not finished."""
+    return upgraded(storage.read_manifest(uri, MINED_KIND))
 
 
 def read_mined_set(uri: str, columns: list[str] | None = None) -> MinedSet:

@@ -76,7 +76,7 @@ def committed_directory(uri: str, kind: Kind) -> Iterator[tuple[Path, dict[str, 
             for file in made
             if (name := str(file.relative_to(staging))) != STAGING_OWNER
         }
-        manifest = {"kind": kind.name, **description, "files": files}
+        manifest = {**kind.head(), **description, "files": files}
         clear(uri, kind)
         fs, path = filesystem(uri)
         if is_local(uri):
@@ -142,7 +142,7 @@ def commit(
     uri: str, kind: Kind, description: dict[str, Any], files: dict[str, dict[str, Any]]
 ) -> None:
     """Write the manifest of files whose ``bytes`` and ``sha256`` their writers know."""
-    write_json(join(uri, kind.manifest), {"kind": kind.name, **description, "files": files})
+    write_json(join(uri, kind.manifest), {**kind.head(), **description, "files": files})
 
 
 def kept(
@@ -206,6 +206,11 @@ def _read(place: str) -> dict[str, Any]:
 def _check_kind(uri: str, manifest: dict[str, Any], kind: Kind) -> None:
     if manifest.get("kind") != kind.name:
         raise InputError(f"{uri}: holds a {manifest.get('kind')!r}, where a '{kind}' is needed")
+    if (version := int(manifest.get(kind.version_key, 1))) > kind.version:
+        raise InputError(
+            f"{uri}: a {kind} of version {version}, where this program reads up to {kind.version}: "
+            "a later version of it wrote that. Update qure-core, or make it again"
+        )
 
 
 def is_committed(uri: str) -> bool:

@@ -41,12 +41,21 @@ class Kind:
     """A kind of directory: its name in manifests, and a pattern of its files' relative paths.
 
     ``manifest`` is the name of the file that commits it. One that begins with an underscore is
-    ignored by readers of whole directories of Parquet.
+    ignored by readers of whole directories of Parquet. ``version`` is raised when what the files
+    hold changes so that older programs would misread it; the manifest has it under
+    ``version_key``, and a directory without it is of version 1.
     """
 
     name: str
     files: str
     manifest: str = MANIFEST
+    version: int = 1
+    version_key: str = "kind_version"
+
+    def head(self) -> dict[str, Any]:
+        """What a manifest of this kind begins with."""
+        head: dict[str, Any] = {"kind": self.name}
+        return head | ({self.version_key: self.version} if self.version > 1 else {})
 
     def __str__(self) -> str:
         return self.name

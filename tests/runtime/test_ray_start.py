@@ -5,14 +5,11 @@ from __future__ import annotations
 import http.server
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import pytest
 from conftest import ROOT, SmallDisk
 
 from qure_core.base.errors import InputError
-from qure_core.runtime import ray_start, resources
+from qure_core.runtime import ray_start
 from qure_core.storage import clean_temporary, temporary, temporary_folder
 from qure_core.storage.owner import lives, this_process
 
@@ -148,48 +145,6 @@ def test_a_small_or_long_temporary_directory_is_refused(
     assert "TMPDIR: " in done.stderr
     assert "Ray's session needs 256" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-@contextmanager
-def listener() -> Iterator[str]:
-    """A server that takes connections and says nothing."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        yield f"127.0.0.1:{server.getsockname()[1]}"
-
-
-def test_a_cluster_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "ANSWER_SECONDS", 2.0)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        nobody = f"127.0.0.1:{unused.getsockname()[1]}"
-    with pytest.raises(InputError, match=f"RAY_ADDRESS: no Ray cluster at {nobody} in 2 s"):
-        resources._check_answers(nobody)
-    with listener() as mute, pytest.raises(InputError, match="it is not Ray that answers"):
-        resources._check_answers(mute)
-    with pytest.raises(InputError, match="'here' is not HOST:PORT"):
-        resources._check_answers("here")
-
-
-def test_a_cluster_that_answers_is_found(local_ray: str) -> None:
-    resources._check_answers(local_ray)
-
-
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        ("http://127.0.0.1:8265", "is where jobs are submitted to"),
-        ("ray://127.0.0.1:10001", "is of Ray's client"),
-        ("auto", "'auto', but no Ray runs on this machine"),
-    ],
-)
-def test_addresses_that_are_none_say_so(
-    temp: Path, monkeypatch: pytest.MonkeyPatch, address: str, message: str
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(InputError, match=f"RAY_ADDRESS: .*{message}"):
-        resources._address()
 
 
 @pytest.mark.parametrize(

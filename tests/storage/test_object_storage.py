@@ -250,9 +250,11 @@ def test_a_lease_outlives_a_storage_that_was_away(
     """A holder that could not beat for longer than PATIENCE is not taken for dead."""
     # As on another machine: the other's process cannot be seen.
     monkeypatch.setattr(lease_module, "lives", lambda holder: None)
+    monkeypatch.setattr(lease_module, "PATIENCE", 4.0)
+    monkeypatch.setattr(lease_module, "BEAT", 1.0)
     with hold(base, "mining") as lease:
         flaky.away()
-        threading.Timer(25, flaky.back).start()
+        threading.Timer(6, flaky.back).start()
         with pytest.raises(BusyError), hold(base, "mining"):
             pass
         time.sleep(1)

@@ -104,3 +104,14 @@ def test_write_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         storage.write_json(str(file), {"a": 2})
     assert storage.read_json(str(file)) == {"a": 1}
     assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_later_versions_directory_is_refused_and_an_older_ones_read(tmp_path: Path) -> None:
+    old, new = (storage.Kind("thing", r".*\.txt", version=version) for version in (1, 2))
+    for name, kind in (("old", old), ("new", new)):
+        with storage.committed_directory(str(tmp_path / name), kind) as (folder, _):
+            (folder / "a.txt").write_text("a")
+    assert "kind_version" not in storage.read_manifest(str(tmp_path / "old"), new)
+    assert storage.read_manifest(str(tmp_path / "new"), new)["kind_version"] == 2
+    with pytest.raises(InputError, match="a thing of version 2, where this program reads up to 1"):
+        storage.read_manifest(str(tmp_path / "new"), old)
