@@ -52,7 +52,7 @@ def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
     from qure_core.data import load_split, mining_galleries
     from qure_core.job.layout import round_uri
     from qure_core.job.place import claim_run
-    from qure_core.job.run import check_settings
+    from qure_core.job.resume import check_settings
     from qure_core.mining.describe import round_table
     from qure_core.mining.mined_set import MINED_KIND, upgraded
     from qure_core.mining.stage import check_round_place, hold_round, mine_round, round_facts

@@ -20,6 +20,7 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +282,7 @@ def monitored(uri: str, job: str, settings: dict[str, Any]) -> Iterator[Monitor]
     """Watch the body, the job ``job`` under ``settings``, and write what happens to ``uri``."""
     global _current
     monitor = Monitor(uri, job)
-    versions = {name: sys.modules[name].__version__ for name in ("ray", "torch")}
+    versions = {name: metadata.version(name) for name in ("ray", "torch")}
     monitor.event(
         "job begins",
         what=job,

@@ -9,11 +9,10 @@ import socket
 import threading
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
-import torch
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.autoscaler.sdk import request_resources
 
@@ -27,6 +26,9 @@ from qure_core.runtime.ray_start import (
     record_session,
     token_environment,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 ANSWER_SECONDS = 30.0  # that a cluster has to answer in
 
@@ -144,6 +146,8 @@ class Plan:
 
 def granted_device() -> torch.device:
     """The device of this task or actor: a GPU only if Ray granted it one."""
+    import torch  # here, because a command that computes nothing needs none of it
+
     granted = ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU")
     return torch.device("cuda" if granted and torch.cuda.is_available() else "cpu")
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from qure_core import storage
 from qure_core.data.images import load_image, preprocess_to_bytes
-from qure_core.job.run import remember_contents
+from qure_core.job.data import remember_contents
 from qure_core.model import QuReModel, build_model, learn_tokenizer
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND
 from qure_core.model.checkpoints import save_checkpoint

@@ -16,7 +16,8 @@ from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
 from qure_core.data import load_split, read_split, write_split
-from qure_core.job.run import begin, prepare_data, remember_contents, save_config
+from qure_core.job.data import prepare_data, remember_contents
+from qure_core.job.resume import begin, save_config
 from qure_core.model import build_model, learn_tokenizer
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND, checkpoint_uri
 from qure_core.runtime.settings import load_settings

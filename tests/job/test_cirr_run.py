@@ -13,7 +13,7 @@ from PIL import Image
 from qure_core.evaluation.metrics import cirr_summary
 from qure_core.evaluation.stage import read_evaluation, read_rankings
 from qure_core.job.layout import committed
-from qure_core.job.run import read_metrics
+from qure_core.job.metrics_log import read_metrics
 from qure_core.job.tracking import scalars
 
 NAMES = {"R@1", "R@5", "R@10", "R@50", "R_s@1", "R_s@2", "R_s@3", "mean(R@5, R_s@1)"}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from training_oracle import Recipe, check_weights, plain_epoch
 
 from qure_core.evaluation.stage import read_rankings
-from qure_core.job.run import save_config
+from qure_core.job.resume import save_config
 from qure_core.mining import read_mined_set
 from qure_core.runtime.settings import load_settings
 from qure_core.storage.lease import hold

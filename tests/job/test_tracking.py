@@ -11,7 +11,7 @@ import pytest
 from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
 from qure_core.job import tracking
-from qure_core.job.run import read_metrics
+from qure_core.job.metrics_log import read_metrics
 from qure_core.job.tracking import check_tracker, scalars, track
 
 LINES = [

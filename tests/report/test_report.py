@@ -13,7 +13,7 @@ from qure_core.base.config import Settings
 from qure_core.data import read_split
 from qure_core.data.schema import Triplet
 from qure_core.job.layout import committed
-from qure_core.job.run import read_metrics
+from qure_core.job.metrics_log import read_metrics
 from qure_core.report.build import build_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

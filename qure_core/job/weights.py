@@ -1,0 +1,68 @@
+"""The weights that fine-tuning starts from: given, random, or pretrained on captions."""
+
+from __future__ import annotations
+
+from qure_core import storage
+from qure_core.base.config import Settings
+from qure_core.base.errors import InputError
+from qure_core.base.seeds import derive
+from qure_core.data import Split
+from qure_core.model import build_model, learn_tokenizer, load_model
+from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch
+from qure_core.model.checkpoints import save_checkpoint
+from qure_core.model.pretrained import load_tokenizer
+from qure_core.runtime.resources import Plan
+from qure_core.training.segment import Segment
+from qure_core.training.trainer import run_segment
+
+
+def first_checkpoint(settings: Settings, train: Split) -> None:
+    """Commit the weights that a run starts with, unless it has some: given, or random."""
+    run_dir, model_settings = settings.run.dir, settings.model
+    if any(latest_epoch(run_dir, stage) is not None for stage in ("pretrain", "train")):
+        return
+    if model_settings.pretrained:
+        model, processor = load_model(
+            model_settings.pretrained, model_settings.tokenizer, model_settings.dropout
+        )
+        facts = {"stage": "train", "epoch": 0, "origin": model_settings.pretrained}
+        save_checkpoint(checkpoint_uri(run_dir, "train", 0), model, processor, facts)
+        return
+    captions = storage.read_json(storage.join(run_dir, "data", "captions.json"))
+    if settings.pretrain.epochs and len(captions) < settings.pretrain.batch_size:
+        raise InputError(
+            f"data.descriptions: {len(captions)} captioned training images are fewer than "
+            f"pretrain.batch_size={settings.pretrain.batch_size}. Give captions "
+            "({image id: caption} in data.descriptions), or weights (model.pretrained), or start "
+            "from random weights with --pretrain.epochs 0"
+        )
+    if model_settings.tokenizer:
+        tokenizer = load_tokenizer(model_settings.tokenizer)
+    else:
+        texts = sorted({*captions.values(), *(t.text for t in train.triplets)})
+        tokenizer = learn_tokenizer(texts, model_settings.vocabulary_size)
+    model, processor = build_model(
+        model_settings.preset,
+        tokenizer,
+        model_settings.dropout,
+        derive(settings.run.seed, "weights"),
+    )
+    facts = {"stage": "pretrain", "epoch": 0, "origin": "random weights"}
+    save_checkpoint(checkpoint_uri(run_dir, "pretrain", 0), model, processor, facts)
+
+
+def pretrain(settings: Settings, plan: Plan) -> None:
+    """Commit the checkpoint that fine-tuning starts from (stage "train", epoch 0)."""
+    run_dir = settings.run.dir
+    if latest_epoch(run_dir, "train") is not None:
+        return
+    done = settings.pretrain.epochs
+    if (latest_epoch(run_dir, "pretrain") or 0) < done:
+        segment = Segment("pretrain", run_dir, settings.resolved(), done)
+        run_segment(segment, settings.cluster, plan)
+    model, processor = load_model(checkpoint_uri(run_dir, "pretrain", done))
+    model.freeze_vision_encoder()
+    captions = storage.read_json(storage.join(run_dir, "data", "captions.json"))
+    origin = f"{done} epochs of image-text pretraining on {len(captions)} captions"
+    facts = {"stage": "train", "epoch": 0, "origin": origin}
+    save_checkpoint(checkpoint_uri(run_dir, "train", 0), model, processor, facts)
