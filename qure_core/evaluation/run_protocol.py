@@ -18,6 +18,7 @@ from qure_core.data.schema import Split
 from qure_core.embeddings.shards import EMBEDDINGS_KIND
 from qure_core.embeddings.stage import EmbedJob, embed_splits
 from qure_core.evaluation.protocols import PROTOCOLS, Protocol, Request, of_format
+from qure_core.evaluation.protocols.protocol import Asked
 from qure_core.evaluation.published import known_dataset
 from qure_core.evaluation.stage import rank_queries, read_rows
 from qure_core.model.checkpoint_files import checkpoint_digest
@@ -96,7 +97,7 @@ def evaluate_protocol(
     if not storage.is_committed(uri):
         corpus = frozenset().union(*split.galleries.values())
         embed_splits(checkpoint, [EmbedJob(split, corpus, embeddings)], settings, plan)
-        result, files = measured.result(request, split, rank, embeddings)
+        result, files = measured.result(Asked(request, split, rank, embeddings))
         storage.begin(uri, RESULT_KIND)
         for name, value in files.items():
             storage.write_bytes(storage.join(uri, name), storage.compact_json(value))

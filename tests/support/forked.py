@@ -46,15 +46,22 @@ def _fresh_path() -> list[str]:
 
 
 def run_script(
-    script: Path, arguments: Sequence[str], folder: Path, timeout: float
+    script: Path,
+    arguments: Sequence[str],
+    folder: Path,
+    timeout: float,
+    environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end, as ``python SCRIPT ARGUMENTS`` in ``folder`` would."""
+    """Run a script to its end, as ``python SCRIPT ARGUMENTS`` in ``folder`` would.
+
+    In this process's environment, with what ``environment`` adds.
+    """
     with tempfile.TemporaryDirectory() as files:
         out, err = (Path(files) / name for name in ("out", "err"))
         process = _server().Process(
             target=_run,
-            args=(str(script), list(arguments), str(folder), dict(os.environ), str(out), str(err)),
-            kwargs={"path": _fresh_path()},
+            args=(str(script), list(arguments), str(folder), str(out), str(err)),
+            kwargs={"environment": os.environ | (environment or {}), "path": _fresh_path()},
         )
         process.start()
         process.join(timeout)
@@ -74,9 +81,9 @@ def _run(
     script: str,
     arguments: list[str],
     folder: str,
-    environment: dict[str, str],
     out: str,
     err: str,
+    environment: dict[str, str],
     path: list[str],
 ) -> NoReturn:
     os.setsid()

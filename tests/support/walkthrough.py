@@ -26,6 +26,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import ray
+from forked import run_script
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
@@ -74,15 +75,19 @@ class Walk:
     ) -> None:
         """Run a command; note whether it ended as it should."""
         began = time.monotonic()
-        done = subprocess.run(
-            self.command(*command),
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=self.home,
-            env=os.environ | environment,
-            timeout=seconds + 60,
-        )
+        _, script, *arguments = self.command(*command)
+        if script == "-m":
+            done = subprocess.run(
+                self.command(*command),
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=self.home,
+                env=os.environ | environment,
+                timeout=seconds + 60,
+            )
+        else:
+            done = run_script(Path(script), arguments, self.home, seconds + 60, environment)
         self.judge(
             *(what, status, done.returncode, done.stdout + done.stderr),
             *(says, never, began, seconds, long),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from qure_core.base.errors import InputError, raise_problems
+from qure_core.base.errors import InputError
 from qure_core.data.circo import read_circo
 from qure_core.data.schema import Split
 from qure_core.evaluation.metrics import CIRCO_CUTS, circo_summary
-from qure_core.evaluation.protocols.protocol import Protocol, Request, Rows
+from qure_core.evaluation.protocols.protocol import Protocol, Request, Rows, benchmark_split
 from qure_core.evaluation.protocols.submissions import Submission
 
 
@@ -37,12 +37,6 @@ def check_circo_submission(
         raise InputError("CIRCO submission: " + "; ".join(faults[:10]))
 
 
-def _read(request: Request, split: str, name: str) -> Split:
-    read, problems = read_circo(request.data.root, split)
-    raise_problems(problems, f"{request.data.root} ({name})")
-    return read
-
-
 class CIRCO(Protocol):
     """CIRCO's val split."""
 
@@ -55,7 +49,7 @@ class CIRCO(Protocol):
 
     def load(self, request: Request) -> Split:
         """The val split."""
-        return _read(request, "val", self.name)
+        return benchmark_split(read_circo, request, "val", self.name)
 
     def metrics(self, rows: Rows, split: Split) -> dict[str, Any]:
         """mAP and recall at each cut, as "map"."""
@@ -78,7 +72,7 @@ class CIRCOTest(Submission):
 
     def load(self, request: Request) -> Split:
         """The test split."""
-        return _read(request, "test", self.name)
+        return benchmark_split(read_circo, request, "test", self.name)
 
     def files(self, rows: Rows, split: Split) -> dict[str, Any]:
         """submission.json."""

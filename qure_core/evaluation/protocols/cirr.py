@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from qure_core.base.errors import InputError, raise_problems
+from qure_core.base.errors import InputError
 from qure_core.data.cirr import read_cirr
 from qure_core.data.schema import Split
 from qure_core.evaluation.metrics import CIRR_RECALLS, CIRR_SUBSET_RECALLS, cirr_summary
-from qure_core.evaluation.protocols.protocol import Protocol, Request, Rows
+from qure_core.evaluation.protocols.protocol import Protocol, Request, Rows, benchmark_split
 from qure_core.evaluation.protocols.submissions import Submission
 from qure_core.storage import compact_json
 
@@ -59,12 +59,6 @@ def check_cirr_submission(
         raise InputError("CIRR submission: " + "; ".join(faults[:10]))
 
 
-def _read(request: Request, split: str, name: str) -> Split:
-    read, problems = read_cirr(request.data.root, split)
-    raise_problems(problems, f"{request.data.root} ({name})")
-    return read
-
-
 class CIRR(Protocol):
     """CIRR's val split: R@k without the reference, R_s@k within the image set."""
 
@@ -80,7 +74,7 @@ class CIRR(Protocol):
 
     def load(self, request: Request) -> Split:
         """The val split."""
-        return _read(request, "val", self.name)
+        return benchmark_split(read_cirr, request, "val", self.name)
 
     def metrics(self, rows: Rows, split: Split) -> dict[str, Any]:
         """The recalls, as "recall"."""
@@ -104,7 +98,7 @@ class CIRRTest(Submission):
 
     def load(self, request: Request) -> Split:
         """The test1 split."""
-        return _read(request, "test1", self.name)
+        return benchmark_split(read_cirr, request, "test1", self.name)
 
     def files(self, rows: Rows, split: Split) -> dict[str, Any]:
         """recall.json and recall_subset.json."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from qure_core.data.layout import ImageFolder
 from qure_core.data.schema import Split, Triplet
 from qure_core.embeddings.shards import EmbeddingShards
 from qure_core.evaluation.metrics import preference_summary
-from qure_core.evaluation.protocols.protocol import Galleries, Protocol, Request, Rows
+from qure_core.evaluation.protocols.protocol import Asked, Protocol, Request, Result, Rows
 
 _SPELLED_OUT = {"dotmark": ".", "questionmark": "?", "andmark": " & "}
 
@@ -116,16 +116,9 @@ class HPFashionIQ(Protocol):
         """Both ratios."""
         return {name: metrics[name]["value"] for name in self.columns}
 
-    def result(
-        self,
-        request: Request,
-        split: Split,
-        rank: Callable[[str, Galleries], Rows],
-        embeddings: str,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def result(self, asked: Asked) -> Result:
         """How people preferred the set that scores higher."""
-        del split, rank
-        return _judge(embeddings, _judged_pairs(request)), {}
+        return _judge(asked.embeddings, _judged_pairs(asked.request)), {}
 
     def lines(self, result: dict[str, Any], dataset: str | None) -> list[str]:
         """Both ratios with their intervals."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from qure_core.base.config import DataSettings
+from qure_core.base.errors import Problem, raise_problems
 from qure_core.data.schema import Split
 from qure_core.evaluation.published import comparison_table
 
@@ -23,6 +24,33 @@ class Request:
     data: DataSettings
     split: str = "val"
     judged: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a protocol makes its result of.
+
+    split: as it loaded it for the request. rank: ranks galleries of it, under a name. embeddings:
+    their URI.
+    """
+
+    request: Request
+    split: Split
+    rank: Callable[[str, Galleries], Rows]
+    embeddings: str
+
+
+Result = tuple[dict[str, Any], dict[str, Any]]
+"""Figures, and contents of files by name."""
+
+
+def benchmark_split(
+    read: Callable[[str, str], tuple[Split, list[Problem]]], request: Request, split: str, name: str
+) -> Split:
+    """A benchmark's split, read from the data's root; `InputError` that lists what is wrong."""
+    found, problems = read(request.data.root, split)
+    raise_problems(problems, f"{request.data.root} ({name})")
+    return found
 
 
 class Protocol(ABC):
@@ -63,20 +91,10 @@ class Protocol(ABC):
         del metrics
         return {}
 
-    def result(
-        self,
-        request: Request,
-        split: Split,
-        rank: Callable[[str, Galleries], Rows],
-        embeddings: str,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What ``evaluate.py`` keeps, and submission files by name.
-
-        ``rank`` ranks galleries under a name; ``embeddings`` is the URI of the split's.
-        """
-        del request, embeddings
-        rows = rank(self.name, split.galleries)
-        return self.metrics(rows, split) | {"queries": len(rows), "tied": ties(rows)}, {}
+    def result(self, asked: Asked) -> Result:
+        """What ``evaluate.py`` keeps, and submission files by name."""
+        rows = asked.rank(self.name, asked.split.galleries)
+        return self.metrics(rows, asked.split) | {"queries": len(rows), "tied": ties(rows)}, {}
 
     def lines(self, result: dict[str, Any], dataset: str | None) -> list[str]:
         """A result for people, beside published figures if the data are ``dataset``'s."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +11,15 @@ from qure_core.data.fashioniq import read_fashioniq
 from qure_core.data.schema import Split
 from qure_core.data.sources import has_split, load_split
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
-from qure_core.evaluation.protocols.protocol import Galleries, Protocol, Request, Rows, ties
+from qure_core.evaluation.protocols.protocol import (
+    Asked,
+    Galleries,
+    Protocol,
+    Request,
+    Result,
+    Rows,
+    ties,
+)
 from qure_core.evaluation.published import comparison_table
 
 
@@ -85,17 +92,11 @@ class Own(Protocol):
         recall = metrics["recall"]
         return {category: row for category, row in recall.items() if category != "average"}
 
-    def result(
-        self,
-        request: Request,
-        split: Split,
-        rank: Callable[[str, Galleries], Rows],
-        embeddings: str,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def result(self, asked: Asked) -> Result:
         """The metrics, and what was ranked."""
-        result, files = super().result(request, split, rank, embeddings)
-        sizes = {category: len(ids) for category, ids in split.galleries.items()}
-        return result | {"split": split.name, "gallery_images": sizes}, files
+        result, files = super().result(asked)
+        sizes = {category: len(ids) for category, ids in asked.split.galleries.items()}
+        return result | {"split": asked.split.name, "gallery_images": sizes}, files
 
     def lines(self, result: dict[str, Any], dataset: str | None) -> list[str]:
         """Recalls by category, and the measures of relevance."""
@@ -132,19 +133,12 @@ class FashionIQ(Own):
         raise_problems(problems, f"{request.data.root} ({self.name})")
         return split
 
-    def result(
-        self,
-        request: Request,
-        split: Split,
-        rank: Callable[[str, Galleries], Rows],
-        embeddings: str,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def result(self, asked: Asked) -> Result:
         """Recalls by gallery, "split" and "union"."""
-        del request, embeddings
         result = {}
         for gallery in ("split", "union"):
-            rows = rank(f"{self.name} {gallery}", galleries_of(split, gallery))
-            recall = self.metrics(rows, split)["recall"]
+            rows = asked.rank(f"{self.name} {gallery}", galleries_of(asked.split, gallery))
+            recall = self.metrics(rows, asked.split)["recall"]
             result[gallery] = {"recall": recall, "queries": len(rows), "tied": ties(rows)}
         return result, {}
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 from qure_core.data.schema import Split
-from qure_core.evaluation.protocols.protocol import Galleries, Protocol, Request, Rows
+from qure_core.evaluation.protocols.protocol import Asked, Protocol, Result, Rows
 
 
 class Submission(Protocol):
@@ -27,17 +26,10 @@ class Submission(Protocol):
         del metrics
         return {}
 
-    def result(
-        self,
-        request: Request,
-        split: Split,
-        rank: Callable[[str, Galleries], Rows],
-        embeddings: str,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def result(self, asked: Asked) -> Result:
         """How many queries the files answer, and the files."""
-        del request, embeddings
-        rows = rank(self.name, split.galleries)
-        return {"queries": len(rows)}, self.files(rows, split)
+        rows = asked.rank(self.name, asked.split.galleries)
+        return {"queries": len(rows)}, self.files(rows, asked.split)
 
     def lines(self, result: dict[str, Any], dataset: str | None) -> list[str]:
         """What was written."""
