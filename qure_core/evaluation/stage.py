@@ -132,7 +132,7 @@ def evaluate_checkpoint(
         job.output,
         output,
         memory_mb=settings.mining.memory_mb,
-        top_k=settings.evaluation.top_k,
+        top_k=max(settings.evaluation.top_k, protocol.top_k),
         drop_reference=protocol.drop_reference,
         resources=plan.score,
         checkpoint=checkpoint,

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from qure_core.base.errors import InputError
 from qure_core.data.schema import Split, Triplet
 from qure_core.evaluation.metrics import (
+    CIRCO_CUTS,
     average_precision,
     circo_summary,
     cirr_summary,
     preference_summary,
 )
+from qure_core.evaluation.protocols import PROTOCOLS, of_format, of_manifest
 from qure_core.evaluation.protocols.circo import check_circo_submission, circo_submission
 from qure_core.evaluation.protocols.cirr import check_cirr_submission, cirr_submission
 from qure_core.evaluation.protocols.hp_fashioniq import parse_hp_fashioniq
@@ -265,3 +267,13 @@ def test_published_figures_are_labelled() -> None:
     assert lines[1].startswith("mine (this run)")
     assert all("(published)" in line for line in lines[2:])
     assert len(lines) == 2 + len(PUBLISHED["fashioniq"])
+
+
+def test_a_protocol_is_given_as_many_images_as_it_needs() -> None:
+    """CIRCO's mAP@50 of ten kept images would be another number."""
+    needs = {name: protocol.top_k for name, protocol in PROTOCOLS.items()}
+    assert needs["circo"] == max(CIRCO_CUTS)
+    assert needs["circo-test"] == needs["cirr-test"] == 50
+    assert of_format("cirr").name == "cirr"
+    assert of_format("jsonl").name == of_format("world").name == "own"
+    assert of_manifest({}).name == "own"

@@ -70,6 +70,7 @@ class CIRR(Protocol):
         "mean(R@5, R_s@1)",
     )
     drawn: ClassVar[tuple[str, ...]] = ("R@1", "R@5", "R@10", "R_s@1")
+    top_k: ClassVar[int] = 1
     drop_reference: ClassVar[bool] = True
 
     def load(self, request: Request) -> Split:

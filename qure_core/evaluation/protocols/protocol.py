@@ -58,8 +58,8 @@ class Protocol(ABC):
 
     name: what it is called in settings and results. described: what its figures are.
     columns: the names of its headline's figures, as tables show them. drawn: those that curves
-    show. drop_reference: whether the reference image is left out of a query's ranking. top_k: best
-    images kept of a ranking.
+    show. drop_reference: whether the reference image is left out of a query's ranking. top_k: how
+    many of a ranking's best images its figures or files need.
     """
 
     name: ClassVar[str]

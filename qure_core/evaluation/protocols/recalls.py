@@ -59,6 +59,7 @@ class Own(Protocol):
         *("R@10", "R@50", "mean", "R-precision", "relevant in top 10"),
     )
     drawn: ClassVar[tuple[str, ...]] = ("R@10", "R@50", "R-precision")
+    top_k: ClassVar[int] = 1
 
     def load(self, request: Request) -> Split:
         """A split of the configured data."""
