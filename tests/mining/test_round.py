@@ -132,7 +132,8 @@ def test_a_killed_driver_a_killed_worker_and_a_deleted_file(tmp_path: Path, loca
         "from qure_core.runtime.resources import connect\n"
         f"connect(); mine(Path(sys.argv[1]), **{mining!r})\n"
     )
-    command = [sys.executable, "-c", code, str(folder), str(ROOT / "tests")]
+    paths = [str(ROOT / "tests"), str(ROOT / "tests/support")]
+    command = [sys.executable, "-c", code, str(folder), *paths]
     driver = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     )
