@@ -298,6 +298,8 @@ def test_impossible_corpora_are_refused(data: tuple[Split, dict[str, tuple[str, 
     split, corpora = data
     with pytest.raises(InputError, match="category coat has fewer than 3 images"):
         check_corpora(split, corpora | {"coat": corpora["coat"][:2]})
+    with pytest.raises(InputError, match=r"fewer than 1002 images; .* at least 1,000 other images"):
+        check_corpora(split, corpora, negatives=1000)
     with pytest.raises(InputError, match=r"target\(s\) are absent from their mining corpus"):
         check_corpora(split, corpora | {"coat": corpora["dress"]})
 

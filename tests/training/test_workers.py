@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,21 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from training_oracle import Recipe, check_weights, parts, plain_epoch
 
+from qure_core import storage
 from qure_core.data.loader import ImageLoader
 from qure_core.data.schema import Triplet
 from qure_core.embeddings.encoder import Encoder
 from qure_core.objectives import make_objective
-from qure_core.training.batches import Share, TripletBatches, epoch_batches, epoch_order
+from qure_core.training.batches import (
+    CaptionBatches,
+    Share,
+    TripletBatches,
+    epoch_batches,
+    epoch_order,
+)
 from qure_core.training.negatives import random_negatives
 from qure_core.training.optimisation import Optimisation, make_optimizer
-from qure_core.training.steps import TripletStep
+from qure_core.training.steps import CaptionStep, TripletStep
 from qure_core.training.throughput import Throughput
 
 
@@ -36,9 +44,11 @@ def work(
     dist.init_process_group(
         "gloo", f"file://{meeting}", rank=rank, world_size=workers, timeout=timedelta(minutes=2)
     )
-    results = [epoch(Share(rank, workers), run_dir, recipe) for recipe in recipes]
+    share = Share(rank, workers)
+    results = [epoch(share, run_dir, recipe) for recipe in recipes]
+    captions = caption_epoch(share, run_dir, recipes[0].batch_size)
     if rank == 0:
-        torch.save(results, out)
+        torch.save((results, captions), out)
     # DDP must be gone by now: as the group's last owner it would wait for gloo's thread while it
     # holds the interpreter, which that thread may be waiting for to let go of a tensor.
     dist.destroy_process_group()
@@ -77,9 +87,33 @@ def epoch(
     return model.state_dict(), means, figures
 
 
+def caption_epoch(share: Share, run_dir: Path, batch_size: int) -> list[float]:
+    """Mean losses of an epoch of image-text pretraining in DDP."""
+    model, processor, split, _ = parts(run_dir)
+    model.freeze_vision_encoder(False)
+    model.train()
+    captions = storage.read_json(str(run_dir / "data/captions.json"))
+    load = ImageLoader(split.images, processor.image_size, 10**7, threads=1, cache_mb=8)
+    step = DistributedDataParallel(CaptionStep(model, 0.1))
+    optimisation = Optimisation(
+        step=step,
+        optimizer=make_optimizer(model, 1e-3, 0.05),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        device=torch.device("cpu"),
+        dtype=None,
+        workers=share.workers,
+    )
+    build = CaptionBatches(captions, load, processor)
+    order = epoch_order(len(captions), 1000, 0, "caption order")
+    steps = epoch_batches(build, order, batch_size, share, keep_short=False)
+    meter = Throughput(model.config, torch.device("cpu"), 1e9)
+    sums = optimisation.epoch(steps, lambda step: step, meter)
+    return [total / count for total, count in zip(sums.losses, sums.counts, strict=True)]
+
+
 @pytest.fixture(scope="module")
-def alone() -> dict[Recipe, dict[str, float]]:
-    """Figures by recipe of the first number of workers that was tried."""
+def alone() -> dict[Any, Any]:
+    """Figures by recipe, and pretraining by batch size, as the first workers tried had them."""
     return {}
 
 
@@ -90,13 +124,17 @@ def test_workers_share_one_epoch(
     batch_size: int,
     finished_run: Path,
     tmp_path: Path,
-    alone: dict[Recipe, dict[str, float]],
+    alone: dict[Any, Any],
 ) -> None:
     recipes = [Recipe(batch_size), Recipe(batch_size, "info_nce", negatives=2)]
     out = tmp_path / "out.pt"
     arguments: Sequence[object] = (workers, tmp_path / "meeting", finished_run, recipes, out)
     torch.multiprocessing.spawn(work, arguments, nprocs=workers)
-    for recipe, (state, means, figures) in zip(recipes, torch.load(out), strict=True):
+    results, caption_losses = torch.load(out)
+    # Each step's are of the weights that the steps before it made.
+    assert len(caption_losses) > 2
+    assert caption_losses == pytest.approx(alone.setdefault(batch_size, caption_losses), rel=1e-5)
+    for recipe, (state, means, figures) in zip(recipes, results, strict=True):
         expected, losses = plain_epoch(finished_run, recipe)
         check_weights(state, expected)
         assert means == pytest.approx(losses, rel=1e-5)
