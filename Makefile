@@ -34,7 +34,7 @@ test: $(VENV)/.installed-test
 
 check: $(VENV)/.installed-test
 	$(LINT)
-	$(PYTEST) -m "not ray and not job and not cluster"
+	$(PYTEST) --dist worksteal -m "not ray and not job and not cluster"
 
 # Known vulnerabilities of what is installed; asks the advisory databases, so it needs the internet,
 # and fails for what they do not answer. A build for one device (2.13.0+cu130) goes by its version.

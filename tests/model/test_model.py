@@ -348,6 +348,7 @@ def test_a_learned_vocabulary_is_the_same_every_time() -> None:
     assert any(piece.startswith("##") and len(piece) > 3 for piece in vocabularies[0])
 
 
+@pytest.mark.job
 @pytest.mark.parametrize("name", ["model_tiny.pth", "model_eva_tiny.pth"])
 def test_convert_writes_what_from_pretrained_reads(name: str, tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer"
