@@ -46,7 +46,6 @@ class ImageLoader:
     name = "pixel_values"
 
     def __post_init__(self) -> None:
-        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         kept = self.cache_mb * 2**20 // (3 * self.size**2)
         self._cached = lru_cache(maxsize=kept)(self._one)
 
@@ -58,4 +57,6 @@ class ImageLoader:
 
     def __call__(self, image_ids: Sequence[str]) -> Tensor:
         """Model input of the named images: float32 [B, 3, S, S]."""
-        return pixel_values(np.stack(list(self.pool.map(self._cached, image_ids))))
+        # Of its own: loaders are made per shard and per call of a user, and would leave theirs.
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
+            return pixel_values(np.stack(list(pool.map(self._cached, image_ids))))

@@ -78,11 +78,7 @@ class Encoder:
 
     @cached_property
     def _trained(self) -> QuReModel:
-        for part in self.model.trained_parts().values():
-            if isinstance(part, nn.Module):
-                part.to(self.device)
-            else:
-                part.data = part.data.to(self.device)
+        self.model.trained_part().to(self.device)
         return self.model
 
     def features(self, pixel_values: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -38,10 +39,8 @@ def read_metrics(run_dir: str) -> list[dict[str, Any]]:
     return lines
 
 
-def write_metrics(run_dir: str) -> list[Scalar]:
-    """Write metrics.jsonl and the TensorBoard events from what is committed so far; return the
-    latter's scalars."""
-    lines = read_metrics(run_dir)
+def write_metrics(run_dir: str, lines: Sequence[dict[str, Any]]) -> list[Scalar]:
+    """Write a run's lines as metrics.jsonl and TensorBoard events; return the latter's scalars."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     storage.write_bytes(storage.join(run_dir, "metrics.jsonl"), text.encode())
 

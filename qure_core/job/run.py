@@ -118,11 +118,12 @@ def run(settings: Settings) -> dict[str, Any]:
                 )
                 run_lease.check()
                 run_segment(segment, settings.cluster, plan)
-            track(settings, write_metrics(run_dir))
+            lines = read_metrics(run_dir)
+            track(settings, write_metrics(run_dir, lines))
         run_lease.check()
         remove_scratch(run_dir)
         measured, rounds = committed(run_dir, "evaluations"), committed(run_dir, "rounds")
-        report = build_report(settings, train, val, measured, rounds, read_metrics(run_dir))
+        report = build_report(settings, train, val, measured, rounds, lines)
         summary = {
             "evaluations": {row["name"]: row["metrics"] for row in measured},
             "rounds": len(rounds),

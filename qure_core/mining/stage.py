@@ -129,7 +129,7 @@ def mine_round(
         "corpus_images": {category: len(ids) for category, ids in corpora.items()},
         "seconds": seconds,
         "peak_task_memory_mb": round(max(float(row["peak_mb"]) for row in peaks), 1),
-        "statistics": summarise(rows, mining_rule(settings)),
+        "statistics": summarise(rows, task.rule),
     }
     if engine == "streaming":
         description["second_looks"] = sum(int(row["second_looks"]) for row in rows)

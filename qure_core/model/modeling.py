@@ -158,11 +158,15 @@ class QuReModel(PreTrainedModel):
             self.vision_encoder.eval()
         return self
 
-    def trained_parts(self) -> dict[str, nn.Module | nn.Parameter]:
-        """What fine-tuning trains, by name: all but the vision encoder."""
-        parts: dict[str, nn.Module | nn.Parameter] = dict(self.named_children())
-        del parts["vision_encoder"]
-        return parts | dict(self.named_parameters(recurse=False))
+    def trained_part(self) -> nn.Module:
+        """What fine-tuning trains, as a module that shares it: all but the vision encoder."""
+        part = nn.Module()
+        for name, child in self.named_children():
+            if name != "vision_encoder":
+                part.add_module(name, child)
+        for name, parameter in self.named_parameters(recurse=False):
+            part.register_parameter(name, parameter)
+        return part
 
     def encoder_digest(self) -> str:
         """A digest of the vision encoder's architecture and weights."""

@@ -61,6 +61,12 @@ class Share:
         part = self.parts(samples)[self.rank]
         return (part, 1.0) if len(part) else (np.arange(1), 0.0)
 
+    def exchange(self, what: str, samples: int) -> dict[str, Tensor]:
+        """`exchange` of one row for each sample of a global batch."""
+        lengths = [len(part) for part in self.parts(samples)]
+        kept = [(worker, row) for worker, length in enumerate(lengths) for row in range(length)]
+        return exchange(what, lengths, max(lengths[self.rank], 1), kept)
+
 
 def exchange(
     what: str, lengths: Sequence[int], own: int, kept: Sequence[tuple[int, int]]
@@ -173,13 +179,12 @@ class TripletBatches:
         for worker, names in enumerate(answers_of):
             for number, name in enumerate(names):
                 place.setdefault(name, (worker, number))
-        rows = [(worker, row) for worker, part in enumerate(parts) for row in range(len(part))]
         counts = [len(names) for names in answers_of]
         first = int(parts[share.rank][0]) if len(parts[share.rank]) else 0
         return {
             **_labels(triplets, negatives, answers),
             "candidate_BA": self._candidates(triplets, negatives, answers),
-            **exchange("queries", [len(part) for part in parts], own, rows),
+            **share.exchange("queries", len(chosen)),
             **exchange("answers", counts, len(own_answers), [place[name] for name in answers]),
             "own_B": torch.arange(first, first + own),
         }
@@ -218,8 +223,7 @@ class CaptionBatches:
 
     def __call__(self, chosen: np.ndarray, share: Share) -> Batch:
         """This worker's part of the global batch of the images at ``chosen`` of the sorted ids."""
-        image_ids = sorted(self.captions)
-        whole = [image_ids[i] for i in chosen]
+        whole = [self._image_ids[i] for i in chosen]
         part, weight = share.own(len(chosen))
         input_ids, mask = self.processor.texts([self.captions[name] for name in whole])
         same_NN = (input_ids[:, None] == input_ids[None]).all(dim=-1).float()
@@ -231,10 +235,12 @@ class CaptionBatches:
             "same_BN": same_NN[part],
         }
         if share.workers > 1:
-            parts = share.parts(len(chosen))
-            rows = [(worker, row) for worker, p in enumerate(parts) for row in range(len(p))]
-            inputs |= exchange("pairs", [len(p) for p in parts], len(own), rows)
+            inputs |= share.exchange("pairs", len(chosen))
         return Batch(inputs, torch.full((len(own),), weight), len(chosen), tuple(own))
+
+    @cached_property
+    def _image_ids(self) -> list[str]:
+        return sorted(self.captions)
 
 
 def epoch_batches(

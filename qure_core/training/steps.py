@@ -30,11 +30,7 @@ class TripletStep(nn.Module):
         super().__init__()
         self.objective = objective
         self._model = (model,)  # in a tuple, which registers nothing
-        for name, part in model.trained_parts().items():
-            if isinstance(part, nn.Module):
-                self.add_module(name, part)
-            else:
-                self.register_parameter(name, part)
+        self.trained = model.trained_part()
 
     def forward(
         self,
