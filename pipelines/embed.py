@@ -46,7 +46,7 @@ def choose_encoder(settings: Settings, checkpoint: str | None) -> tuple[EncoderS
     source = EncoderSource(settings.model.pretrained, settings.model.tokenizer)
     encoder = source.load("cpu", precision)
     digest, size = encoder.model.encoder_digest(), encoder.processor.image_size
-    return source, FeatureKey.of(digest, size, precision)
+    return source, FeatureKey.of(digest, size, settings.data.pixels, precision)
 
 
 def describe(uri: str, manifest: dict[str, Any]) -> str:
@@ -90,7 +90,7 @@ def read() -> tuple[Settings, argparse.Namespace]:
 
 
 def work(arguments: tuple[Settings, argparse.Namespace]) -> None:
-    from qure_core.data.sources import read_source
+    from qure_core.data.sources import Dataset
     from qure_core.embeddings.feature_building import build_store, prune_store
     from qure_core.runtime.monitor import monitored
     from qure_core.runtime.resources import connect, plan_resources
@@ -99,8 +99,9 @@ def work(arguments: tuple[Settings, argparse.Namespace]) -> None:
     settings, chosen = arguments
     images: dict[str, str] = {}
     absent: dict[str, dict[str, str]] = {}
+    dataset = Dataset(settings.data)
     for name in chosen.splits.split(","):
-        split, problems = read_source(settings.data, name)
+        split, problems = dataset.read(name)
         images |= split.images
         # Whoever needs what is missing will refuse to start; the rest can be encoded.
         for problem in problems:

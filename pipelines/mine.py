@@ -49,7 +49,7 @@ def read() -> tuple[Settings, argparse.Namespace]:
 
 
 def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
-    from qure_core.data import load_split, mining_galleries
+    from qure_core.job.data import mining_data
     from qure_core.job.layout import round_uri
     from qure_core.job.place import claim_run
     from qure_core.job.resume import check_settings
@@ -75,8 +75,7 @@ def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
     setting = "output" if chosen.output else "run.dir"
     check_round_place(output, setting)
     storage.check_writable(output.rsplit("/", 1)[0], setting)
-    split = load_split(settings.data, "train")
-    corpora = mining_galleries(settings.data, split)
+    split, corpora = mining_data(settings)
     facts = round_facts(settings, checkpoint, split, corpora, epoch)
     if chosen.if_newer and storage.kept(output, MINED_KIND, facts, upgraded):
         print(f"nothing to do: {checkpoint} is mined already\nmined set: {output}", flush=True)

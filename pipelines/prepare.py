@@ -34,10 +34,11 @@ def validate(settings: Settings, asked: str | None) -> int:
     if not asked and has_split(settings.data, "val"):
         splits.append("val")
     connect()
-    found, problems = validate_dataset(settings.data, splits)
+    checked = validate_dataset(settings.data, splits)
+    problems = checked.problems
     for problem in problems:
         print(problem)
-    for name, split in found.items():
+    for name, split in checked.splits.items():
         galleries = ", ".join(
             f"{category} {len(ids):,}" for category, ids in split.galleries.items()
         )
@@ -46,6 +47,8 @@ def validate(settings: Settings, asked: str | None) -> int:
         )
         for note in split.notes:
             print(f"{name}: {note}")
+    for note in checked.notes:
+        print(f"images: {note}")
     print(f"{len(problems)} problem(s) in {settings.data.root}", flush=True)
     return EXIT_PROBLEMS if problems else 0
 

@@ -14,6 +14,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+Pixels = Literal["upright", "released"]
+"""How images are taken (`data.pixels`)."""
+
 _FREE: dict[str, Any] = {"free": True}
 
 
@@ -62,6 +65,17 @@ class DataSettings(_Section):
     descriptions: str | None = Field(
         "descriptions.json",
         description="image captions {image id: caption}, relative to data.root, for pretraining",
+    )
+    pixels: Pixels = Field(
+        "upright",
+        description="how images are taken: upright (as people see them: EXIF orientation, 16-bit "
+        "and float values scaled, transparency laid on white, CMYK converted first) or released "
+        "(as stored, bit-equal to the authors' program)",
+    )
+    texts: Literal["tidy", "released"] = Field(
+        "tidy",
+        description="FashionIQ's two captions joined: tidy leaves a blank one out, released writes "
+        "'Is red and ' as the authors' program",
     )
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="images with more pixels are refused"
@@ -164,6 +178,11 @@ class MiningSettings(_Section):
     )
     exclude_reference: bool = Field(
         True, description="drop a query's reference image from its corpus before mining"
+    )
+    exclude_known_positives: bool = Field(
+        True,
+        description="images known to answer a query are never its negatives, mined or not: other "
+        "targets of the same query, those the data labels, the same picture under another name",
     )
     window_ranks: int | None = Field(
         None,

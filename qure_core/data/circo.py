@@ -8,33 +8,35 @@ from __future__ import annotations
 
 from qure_core import storage
 from qure_core.base.errors import Problem
-from qure_core.data.layout import ImageFolder, check_row, read_rows, relevant_of
+from qure_core.data.layout import Files, Names, check_row, read_rows, relevant_of
 from qure_core.data.schema import Split, Triplet
 from qure_core.data.text import circo_prompt
 
 CATEGORY = "circo"
 
 
-def read_circo(root: str, split: str) -> tuple[Split, list[Problem]]:
+def read_circo(root: str | Files, split: str) -> tuple[Split, list[Problem]]:
     """Read one split (val or test); faults become problems, not exceptions."""
     problems: list[Problem] = []
+    files = Files.of(root)
+    root = files.root
     coco = storage.join(root, "COCO2017_unlabeled")
     info_file = storage.join(coco, "annotations", "image_info_unlabeled2017.json")
     info = read_rows(info_file, dict, problems)
-    folder = ImageFolder(storage.join(coco, "unlabeled2017"))
+    folder = files.folder("COCO2017_unlabeled", "unlabeled2017")
     images: dict[str, str] = {}
     gallery = []
-    for index, row in enumerate(info.get("images", [])):
+    listed = info.get("images", [])
+    if not isinstance(listed, list):
+        problems.append(Problem(info_file, "images", "is not a list of images"))
+        listed = []
+    for index, row in enumerate(listed):
         if not check_row(row, {"id": int}, info_file, str(index), problems):
             continue
         gallery.append(str(row["id"]))
         uri = folder.find(f"{row['id']:012d}")
         if uri is None:
-            problems.append(
-                Problem(
-                    info_file, str(index), f"image {row['id']:012d}.jpg is missing in {folder.uri}"
-                )
-            )
+            problems.append(Problem(info_file, str(index), folder.missing(f"{row['id']:012d}")))
         else:
             images[str(row["id"])] = uri
 
@@ -47,10 +49,16 @@ def read_circo(root: str, split: str) -> tuple[Split, list[Problem]]:
     }
     if split == "val":
         fields |= {"target_img_id": int, "gt_img_ids": list}
-    known = set(gallery)
+    problems += folder.problems
+    known = Names(gallery, f"in {info_file}")
     triplets = []
+    seen: dict[int, int] = {}
     for index, row in enumerate(rows):
         if not check_row(row, fields, annotation_file, str(index), problems):
+            continue
+        if (first := seen.setdefault(row["id"], index)) != index:
+            text = f"id {row['id']} is also that of row {first}; give each its own"
+            problems.append(Problem(annotation_file, str(index), text))
             continue
         target = row.get("target_img_id")
         named = [row["reference_img_id"], *([target] if target is not None else [])]
@@ -66,9 +74,8 @@ def read_circo(root: str, split: str) -> tuple[Split, list[Problem]]:
             )
         for image in map(str, named) if known else ():
             if image not in known:
-                problems.append(
-                    Problem(annotation_file, str(index), f"image {image} is not in {info_file}")
-                )
+                text = f"image {image} is not in {info_file}{known.nearest(image)}"
+                problems.append(Problem(annotation_file, str(index), text))
         triplets.append(
             Triplet(
                 query_id=str(row["id"]),
@@ -79,4 +86,4 @@ def read_circo(root: str, split: str) -> tuple[Split, list[Problem]]:
                 relevant_ids=relevant,
             )
         )
-    return Split(split, tuple(triplets), images, {CATEGORY: tuple(sorted(known))}), problems
+    return Split(split, tuple(triplets), images, {CATEGORY: tuple(known.sorted())}), problems

@@ -1,7 +1,7 @@
 """FashionIQ's file layout, with any categories found on disk.
 
 ``captions/cap.{category}.{split}.json``, ``image_splits/split.{category}.{split}.json``, images
-as ``images/{name}`` or ``images/{category}/{name}`` with .png, .jpg or .jpeg, and optionally
+as ``images/{name}`` or ``images/{category}/{name}`` with any image suffix, and optionally
 ``relevance/rel.{category}.{split}.json``: per triplet, every image that satisfies it.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from qure_core import storage
 from qure_core.base.errors import InputError, Problem
-from qure_core.data.layout import ImageFolder, check_row, read_rows, relevant_of
+from qure_core.data.layout import Files, Names, check_row, read_rows, relevant_of
 from qure_core.data.schema import Split, Triplet
 from qure_core.data.text import join_fashioniq
 
@@ -26,9 +26,17 @@ def find_categories(root: str, split: str) -> list[str]:
 
 
 def read_fashioniq(
-    root: str, split: str, categories: Sequence[str] | None = None
+    root: str | Files,
+    split: str,
+    categories: Sequence[str] | None = None,
+    texts: Literal["tidy", "released"] = "tidy",
 ) -> tuple[Split, list[Problem]]:
-    """Read one split; faulty rows and missing images become problems, not exceptions."""
+    """Read one split; faulty rows and missing images become problems, not exceptions.
+
+    ``texts``: how two captions are joined where one is blank (`join_fashioniq`).
+    """
+    files = Files.of(root)
+    root = files.root
     found = find_categories(root, split)
     wanted = list(categories) if categories is not None else found
     absent = sorted(set(wanted) - set(found))
@@ -39,9 +47,10 @@ def read_fashioniq(
             + f" (found: {', '.join(found) or 'none'}); set data.root to a FashionIQ-style "
             "directory and data.categories to what it holds"
         )
-    folder = ImageFolder(storage.join(root, "images"))
+    folder = files.folder("images")
     problems: list[Problem] = []
     triplets: list[Triplet] = []
+    notes: list[str] = []
     images: dict[str, str] = {}
     galleries: dict[str, tuple[str, ...]] = {}
 
@@ -55,20 +64,37 @@ def read_fashioniq(
             if not isinstance(name, str):
                 problems.append(Problem(split_file, str(index), f"{name!r} is not an image name"))
                 continue
-            gallery.append(name)
-            uri = folder.find(f"{category}/{name}", name)
+            own = folder.canonical(f"{category}/{name}")
+            image = own.removeprefix(f"{category}/") if own in folder else folder.canonical(name)
+            gallery.append(image)
+            uri = folder.find(own, image)
             if uri is None:
                 problems.append(Problem(split_file, str(index), folder.missing(name)))
-            else:
-                images.setdefault(name, uri)
+            elif images.setdefault(image, uri) != uri:
+                text = f"image {image!r} is {uri} and, in another category, {images[image]}"
+                problems.append(Problem(split_file, str(index), f"{text}; rename one of them"))
         galleries[category] = tuple(sorted(set(gallery)))
-        triplets += _read_triplets(root, category, split, set(gallery), problems)
-    return Split(split, tuple(triplets), images, galleries), problems
+        known = Names(gallery, f"in split.{category}.{split}.json")
+        rows, blank = _read_triplets(root, category, split, known, texts, problems)
+        triplets += rows
+        if blank:
+            how = "the other is the whole text" if texts == "tidy" else "joined as released"
+            notes.append(
+                f"cap.{category}.{split}.json: {blank:,} row(s) with a blank caption; {how}"
+            )
+    problems += folder.problems
+    return Split(split, tuple(triplets), images, galleries, tuple(notes)), problems
 
 
 def _read_triplets(
-    root: str, category: str, split: str, gallery: set[str], problems: list[Problem]
-) -> list[Triplet]:
+    root: str,
+    category: str,
+    split: str,
+    gallery: Names,
+    texts: Literal["tidy", "released"],
+    problems: list[Problem],
+) -> tuple[list[Triplet], int]:
+    """A category's triplets, and how many rows have a blank caption."""
     caption_file = storage.join(root, "captions", f"cap.{category}.{split}.json")
     rows = read_rows(caption_file, list, problems)
     if not rows:
@@ -86,6 +112,7 @@ def _read_triplets(
     if split != "test":
         fields["target"] = str
     triplets = []
+    blank = 0
     for index, row in enumerate(rows):
         where = str(index)
         if not check_row(row, fields, caption_file, where, problems):
@@ -94,16 +121,14 @@ def _read_triplets(
         if len(captions) != 2 or not all(isinstance(caption, str) for caption in captions):
             problems.append(Problem(caption_file, where, f"captions are not two texts: {captions}"))
             continue
+        blank += not all(caption.strip(" .?,") for caption in captions)
+        reference = gallery.canonical(row["candidate"])
         target = row.get("target")
-        for role, name in (("candidate", row["candidate"]), ("target", target)):
+        target = gallery.canonical(target) if isinstance(target, str) else None
+        for role, name in (("candidate", reference), ("target", target)):
             if name is not None and name not in gallery:
-                problems.append(
-                    Problem(
-                        caption_file,
-                        where,
-                        f"{role} {name!r} is not in split.{category}.{split}.json",
-                    )
-                )
+                text = f"{role} {name!r} is not in split.{category}.{split}.json"
+                problems.append(Problem(caption_file, where, text + gallery.nearest(name)))
         relevant_ids: tuple[str, ...] = ()
         if relevant:
             relevant_ids = relevant_of(
@@ -112,11 +137,11 @@ def _read_triplets(
         triplets.append(
             Triplet(
                 query_id=f"{category}.{split}.{index:06d}",
-                reference_id=row["candidate"],
-                text=join_fashioniq(captions),
+                reference_id=reference,
+                text=join_fashioniq(captions, texts),
                 target_id=target,
                 category=category,
                 relevant_ids=relevant_ids,
             )
         )
-    return triplets
+    return triplets, blank

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from qure_core import storage
+from qure_core.base.config import Pixels
 from qure_core.base.errors import InputError
+from qure_core.data.pixels import upright
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -25,14 +28,28 @@ BYTES_PER_PIXEL = 8
 
 # The bound is `decode`'s own, from a setting; Pillow's would answer first, without naming it.
 Image.MAX_IMAGE_PIXELS = None
+# Editors write megabytes of text (XMP, drawings) beside the pixels, which Pillow refuses.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
 
 
-def decode(data: bytes, uri: str, max_pixels: int) -> Image.Image:
+def decode(data: bytes, uri: str, max_pixels: int, pixels: Pixels) -> Image.Image:
     """Decode a whole image, or raise `InputError` naming ``uri``.
 
     ``max_pixels`` bounds width x height before any pixel is decoded, and four times it what a
-    very long image is padded to.
+    very long image is padded to. ``pixels``: "upright" gives RGB as people see it
+    (`data.pixels.upright`), "released" what is stored.
     """
+    image = decode_stored(data, uri, max_pixels)
+    if pixels == "released":
+        return image
+    try:
+        return upright(image)
+    except InputError as error:
+        raise InputError(f"{uri}: {error}, or set data.pixels to released") from None
+
+
+def decode_stored(data: bytes, uri: str, max_pixels: int) -> Image.Image:
+    """`decode`, with the values as they are stored, whatever kind of image it is."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
@@ -43,7 +60,7 @@ def decode(data: bytes, uri: str, max_pixels: int) -> Image.Image:
                 f"data.max_image_pixels={max_pixels}; shrink the image, or raise the limit"
             )
         image.load()
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
+    except (OSError, SyntaxError, EOFError, ValueError, struct.error, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -64,9 +81,9 @@ def _reason(data: bytes, error: Exception) -> str:
     return re.sub(r"\s*<_io\.BytesIO[^>]*>", "", str(error)) or type(error).__name__
 
 
-def load_image(uri: str, max_pixels: int) -> Image.Image:
-    """Read and decode the image at ``uri``; `InputError` if it is missing or damaged."""
-    return decode(read_image_bytes(uri, max_pixels), uri, max_pixels)
+def load_image(uri: str, max_pixels: int, pixels: Pixels) -> Image.Image:
+    """Read and `decode` the image at ``uri``; `InputError` if it is missing or damaged."""
+    return decode(read_image_bytes(uri, max_pixels), uri, max_pixels, pixels)
 
 
 def read_image_bytes(uri: str, max_pixels: int) -> bytes:

@@ -1,16 +1,22 @@
-"""Helpers shared by the dataset readers: JSON rows with checked keys, and image files by name."""
+"""Helpers shared by the dataset readers: JSON rows with checked keys, and images by name."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+import re
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Mapping
+from itertools import islice, takewhile
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from qure_core import storage
 from qure_core.base.errors import InputError, Problem
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_SUFFIX = re.compile("(" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")$", re.IGNORECASE)
+_Made = TypeVar("_Made")
 
 
 def read_rows(uri: str, kind: type, problems: list[Problem]) -> Any:
@@ -68,7 +74,7 @@ def names_of(
 def relevant_of(
     value: Any,
     target: str | None,
-    known: Collection[str],
+    known: Names,
     uri: str,
     where: str,
     problems: list[Problem],
@@ -79,70 +85,162 @@ def relevant_of(
     measure of relevance would be wrong without a word.
     """
     before = len(problems)
-    names = names_of(value, "relevant", uri, where, problems)
+    names = tuple(map(known.canonical, names_of(value, "relevant", uri, where, problems)))
     if not names and len(problems) == before:
         text = "relevant is empty; name at least the target, or leave it out"
         problems.append(Problem(uri, where, text))
     absent = [name for name in names if name not in known]
     if absent:
         text = f"relevant names {len(absent)} unknown image(s), first {absent[0]!r}"
-        problems.append(Problem(uri, where, text))
+        problems.append(Problem(uri, where, text + known.nearest(absent[0])))
     if len(problems) > before:
         return ()
     return names if target is None or target in names else (target, *names)
 
 
-_NEAREST_AMONG = 5000  # names that are compared letter by letter with one that is missing
+def plain(name: str) -> str:
+    """A name in Unicode's composed form (NFC): some file systems take accents apart."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-class ImageFolder:
-    """The image files below a directory, listed once and found by relative path without suffix.
+_NEAREST_AMONG = 2000  # names that one that is missing is compared with, letter by letter
+_NEIGHBOURS = 32  # in the order of names, on either side
 
-    Hidden files and folders, and what macOS leaves beside them (``._a.jpg``, ``__MACOSX``), are no
-    images.
-    """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+class Names:
+    """Names of images that are there, in Unicode's composed form and without suffix."""
+
+    def __init__(self, names: Collection[str], where: str) -> None:
+        self._names = names if isinstance(names, (dict, set, frozenset)) else set(names)
+        self._where = where
+        self._sorted: list[str] | None = None
         self._asked = 0
-        fs, path = storage.filesystem(uri)
-        root = path.rstrip("/") + "/"
-        self._uri_of: dict[str, str] = {}
-        for file in sorted(fs.find(path)) if fs.exists(path) else []:
-            relative = PurePosixPath(file.removeprefix(root))
-            hidden = any(part.startswith(".") or part == "__MACOSX" for part in relative.parts)
-            if relative.suffix.lower() in IMAGE_SUFFIXES and not hidden:
-                key = str(relative.with_suffix(""))
-                self._uri_of.setdefault(key, storage.join(uri, str(relative)))
 
-    def names(self) -> list[str]:
-        return sorted(self._uri_of)
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def sorted(self) -> list[str]:
+        if self._sorted is None:
+            self._sorted = sorted(self._names)
+        return self._sorted
+
+    def canonical(self, name: str) -> str:
+        """``name`` as images are called here: a suffix that only the row writes is left out."""
+        if name in self._names:
+            return name
+        name = plain(name)
+        short = _SUFFIX.sub("", name)
+        return short if name not in self._names and short in self._names else name
+
+    def nearest(self, name: str) -> str:
+        """The name that may have been meant by one that is missing, as the end of a message."""
+        if not self._names:
+            return f"; there are no images {self._where}"
+        names = self.sorted()
+        self._asked += 1
+        near = names
+        if len(names) > _NEAREST_AMONG or self._asked > 20:
+            place = bisect_left(names, name)
+            near = names[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS]
+        (best,) = difflib.get_close_matches(name, near, 1, 0.0)
+        return f"; the nearest name there is {best!r}"
+
+
+class Images(Names):
+    """Images by name, each with its URI: ``uri_of``; and what is wrong with how they lie."""
+
+    def __init__(self, uri: str, uri_of: Mapping[str, str]) -> None:
+        super().__init__(uri_of, f"in {uri}")
+        self.uri, self._uri_of = uri, uri_of
+        self.problems: list[Problem] = []
+        self._clashes: dict[str, tuple[str, ...]] = {}
 
     def find(self, *candidates: str) -> str | None:
-        """The URI of the first candidate (a path without suffix) that exists."""
-        for candidate in candidates:
+        """The URI of the first candidate (a path, with or without suffix) that exists.
+
+        One that several files may be meant by is a problem, and none is chosen in silence.
+        """
+        for candidate in map(self.canonical, candidates):
             if candidate in self._uri_of:
+                if clash := self._clashes.pop(candidate, None):
+                    text = f"{' and '.join(clash)} have one name, {candidate!r}; keep one of them"
+                    self.problems.append(Problem(self.uri, candidate, text))
                 return self._uri_of[candidate]
         return None
+
+    def of_category(self, category: str) -> list[str]:
+        """The images of one category, sorted: those below a folder of its name."""
+        names, start = self.sorted(), f"{category}/"
+        first = bisect_left(names, start)
+        return list(takewhile(lambda name: name.startswith(start), islice(names, first, None)))
 
     def missing(self, name: str) -> str:
         """What to say of an image that is not there: also the name that may have been meant."""
         text = f"image {name!r} is missing in {self.uri}"
-        path = PurePosixPath(name)
-        plain = name.removesuffix(path.suffix) if path.suffix.lower() in IMAGE_SUFFIXES else name
-        parts = plain.split("/")
+        parts = _SUFFIX.sub("", plain(name).replace("\\", "/")).split("/")
         for candidate in ("/".join(parts[start:]) for start in range(len(parts))):
             if candidate in self._uri_of:
-                return f"{text}; write {candidate!r}: names have no suffix and begin below it"
-        self._asked += 1
-        few = len(self._uri_of) <= _NEAREST_AMONG and self._asked <= 20
-        near = difflib.get_close_matches(name, self._uri_of, 1) if few else []
-        return f"{text}; the nearest name there is {near[0]!r}" if near else text
+                return f"{text}; write {candidate!r}: names begin below it"
+        return text + self.nearest(name)
+
+
+class ImageFolder(Images):
+    """The image files below a directory, listed once and found by relative path without suffix.
+
+    Hidden files and folders, and what macOS leaves beside them (``._a.jpg``, ``__MACOSX``), are no
+    images. Links to folders are followed where they stay inside the folder or ``root``.
+    """
+
+    def __init__(self, uri: str, root: str | None = None) -> None:
+        listing = storage.find_files(uri, root or uri)
+        files: dict[str, list[str]] = {}
+        for file in listing.files:
+            if not _hidden(file) and _SUFFIX.search(file):
+                files.setdefault(plain(_SUFFIX.sub("", file)), []).append(file)
+        super().__init__(uri, {name: storage.join(uri, own[0]) for name, own in files.items()})
+        self._clashes = {name: tuple(own) for name, own in files.items() if len(own) > 1}
+        self.problems += [
+            Problem(uri, link, text) for link, text in listing.refused.items() if not _hidden(link)
+        ]
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+class Files:
+    """A dataset's directory, of which each part is listed or read once."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._made: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, root: str | Files) -> Files:
+        return root if isinstance(root, Files) else cls(root)
+
+    def uri(self, *parts: str) -> str:
+        return storage.join(self.root, *parts)
+
+    def once(self, name: str, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` gave when it was first asked for by ``name``."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: _Made = self._made[name]
+        return made
+
+    def folder(self, *parts: str) -> ImageFolder:
+        uri = self.uri(*parts)
+        return self.once(uri, lambda: ImageFolder(uri, self.root))
 
 
 def safe_relative(path: str) -> str | None:
     """``path`` as a clean relative path, or None if it would leave its root."""
+    path = path.replace("\\", "/")
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts:
+    if pure.is_absolute() or ".." in pure.parts or re.match("[A-Za-z]:", path):
         return None
     return str(pure)

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qure_core.base.config import Pixels
 from qure_core.data.images import load_image, normalise, preprocess_to_bytes
+from qure_core.data.pixels import upright
 
 
 class VisionLoader(Protocol):
@@ -33,12 +35,13 @@ def pixel_values(pixels_BCHW: np.ndarray) -> Tensor:
 class ImageLoader:
     """Decodes and preprocesses images by id, in threads, keeping the latest in memory.
 
-    images: URIs by id, or images. size: side of the encoder's input, pixels. cache_mb: bounds the
-    preprocessed pixels that are kept, MB.
+    images: URIs by id, or images. size: side of the encoder's input, pixels. pixels: how images are
+    taken (`data.images.decode`). cache_mb: bounds the preprocessed pixels that are kept, MB.
     """
 
     images: Mapping[str, str | Image.Image]
     size: int
+    pixels: Pixels
     max_pixels: int
     threads: int
     cache_mb: int = 0
@@ -52,7 +55,9 @@ class ImageLoader:
     def _one(self, image_id: str) -> np.ndarray:
         image = self.images[image_id]
         if not isinstance(image, Image.Image):
-            image = load_image(image, self.max_pixels)
+            image = load_image(image, self.max_pixels, self.pixels)
+        elif self.pixels == "upright":
+            image = upright(image)
         return preprocess_to_bytes(image, self.size)
 
     def __call__(self, image_ids: Sequence[str]) -> Tensor:

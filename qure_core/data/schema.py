@@ -31,8 +31,10 @@ _TRIPLETS = pa.schema(
         ("category", pa.string()),
         ("group", pa.list_(pa.string())),
         ("relevant_ids", pa.list_(pa.string())),
+        ("positive_ids", pa.list_(pa.string())),
     ]
 )
+_LISTS = ("group", "relevant_ids", "positive_ids")  # the last was not always there
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Triplet:
     ``text`` is the text as the dataset's protocol joins it, before the model's clean-up.
     ``target_id`` is None in test splits. ``category`` names the gallery. ``group`` is CIRR's image
     set (the reference included). ``relevant_ids`` is every image known to satisfy the query, the
-    target first; empty where unknown.
+    target first; empty where unknown. ``positive_ids`` is every other image than the target that
+    is labelled as an answer, or known to be one (`data.positives`); never a negative.
     """
 
     query_id: str
@@ -52,6 +55,8 @@ class Triplet:
     category: str
     group: tuple[str, ...] = ()
     relevant_ids: tuple[str, ...] = ()
+    # What is known by a digest of triplets was known before there was this.
+    positive_ids: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def read_split(uri: str) -> Split:
         return read_committed_parquet(uri, name, manifest)
 
     triplets = tuple(
-        Triplet(**row | {key: tuple(row[key]) for key in ("group", "relevant_ids")})
+        Triplet(**row | {key: tuple(row.get(key, ())) for key in _LISTS})
         for row in table("triplets.parquet").to_pylist()
     )
     images = table("images.parquet").to_pydict()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qure_core import storage
 from qure_core.base.config import DataSettings
 from qure_core.base.errors import InputError, Problem, raise_problems
@@ -9,43 +11,70 @@ from qure_core.data.circo import read_circo
 from qure_core.data.cirr import read_cirr
 from qure_core.data.fashioniq import find_categories, read_fashioniq
 from qure_core.data.jsonl import has_rows, read_jsonl
+from qure_core.data.layout import Files
+from qure_core.data.positives import rows_said
 from qure_core.data.schema import Split
 
 
+class Dataset:
+    """The configured dataset; its rows and listings are read once for all its splits."""
+
+    def __init__(self, data: DataSettings) -> None:
+        self.data = data
+        self._files = Files(data.root)
+
+    def read(self, split: str) -> tuple[Split, list[Problem]]:
+        """``split`` with everything that is wrong with it, and notes of what is only odd."""
+        found, problems = self._read(split)
+        return replace(found, notes=(*found.notes, *rows_said(found.triplets, split))), problems
+
+    def _read(self, split: str) -> tuple[Split, list[Problem]]:
+        data = self.data
+        if not storage.exists(data.root):
+            raise InputError(f"data.root: {data.root} does not exist")
+        if data.format in ("cirr", "circo"):
+            if data.categories is not None:
+                raise InputError(
+                    f"data.categories: the {data.format} layout has no categories; leave it out"
+                )
+            return (read_cirr if data.format == "cirr" else read_circo)(self._files, split)
+        if data.format == "jsonl":
+            return read_jsonl(self._files, split, data.categories)
+        return read_fashioniq(self._files, split, data.categories, data.texts)
+
+    def has(self, split: str) -> bool:
+        """Whether there are rows of ``split`` at all."""
+        data = self.data
+        if data.format == "cirr":
+            return storage.exists(self._files.uri("cirr", "captions", f"cap.rc2.{split}.json"))
+        if data.format == "circo":
+            return storage.exists(self._files.uri("annotations", f"{split}.json"))
+        if data.format == "jsonl":
+            return has_rows(self._files, split, data.categories)
+        return bool(find_categories(data.root, split))
+
+    def load(self, split: str) -> Split:
+        """Read ``split``, or raise one `InputError` that lists what is wrong with it."""
+        loaded, problems = self.read(split)
+        raise_problems(problems, f"{self.data.root} ({self.data.format} layout, {split} split)")
+        for note in loaded.notes:
+            print(f"[data] {note}", flush=True)
+        return loaded
+
+
 def read_source(data: DataSettings, split: str) -> tuple[Split, list[Problem]]:
-    """Read ``split`` of the configured dataset with everything that is wrong with it."""
-    if not storage.exists(data.root):
-        raise InputError(f"data.root: {data.root} does not exist")
-    if data.format in ("cirr", "circo"):
-        if data.categories is not None:
-            raise InputError(
-                f"data.categories: the {data.format} layout has no categories; leave it out"
-            )
-        return (read_cirr if data.format == "cirr" else read_circo)(data.root, split)
-    if data.format == "jsonl":
-        return read_jsonl(data.root, split, data.categories)
-    return read_fashioniq(data.root, split, data.categories)
+    """`Dataset.read` of one split."""
+    return Dataset(data).read(split)
 
 
 def has_split(data: DataSettings, split: str) -> bool:
-    """Whether the configured dataset has rows of ``split`` at all."""
-    if data.format == "cirr":
-        name = f"cap.rc2.{split}.json"
-        return storage.exists(storage.join(data.root, "cirr", "captions", name))
-    if data.format == "circo":
-        return storage.exists(storage.join(data.root, "annotations", f"{split}.json"))
-    if data.format == "jsonl":
-        return has_rows(data.root, split, data.categories)
-    return bool(find_categories(data.root, split))
+    """`Dataset.has`."""
+    return Dataset(data).has(split)
 
 
 def load_split(data: DataSettings, split: str) -> Split:
-    """Read ``split``, or raise one `InputError` that lists what is wrong with it."""
-    loaded, problems = read_source(data, split)
-    raise_problems(problems, f"{data.root} ({data.format} layout, {split} split)")
-    for note in loaded.notes:
-        print(f"[data] {note}", flush=True)
-    return loaded
+    """`Dataset.load` of one split."""
+    return Dataset(data).load(split)
 
 
 def mining_galleries(data: DataSettings, split: Split) -> dict[str, tuple[str, ...]]:

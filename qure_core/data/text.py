@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 MAX_WORDS = 50
 
@@ -17,10 +18,15 @@ def clean_text(text: str) -> str:
     return " ".join(words[:MAX_WORDS])
 
 
-def join_fashioniq(captions: Sequence[str]) -> str:
-    """FashionIQ's two captions as one text, as the released QuRe program joins them."""
-    first, second = captions
-    return f"{first.strip('.?, ').capitalize()} and {second.strip('.?, ')}"
+def join_fashioniq(captions: Sequence[str], texts: Literal["tidy", "released"] = "released") -> str:
+    """FashionIQ's two captions as one text, as the released QuRe program joins them.
+
+    "tidy" leaves a blank caption out, where the program writes "Is red and ".
+    """
+    first, second = (caption.strip(".?, ") for caption in captions)
+    if texts == "tidy" and not (first and second):
+        return (first or second).capitalize()
+    return f"{first.capitalize()} and {second}"
 
 
 def circo_prompt(caption: str) -> str:

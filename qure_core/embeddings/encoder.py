@@ -210,7 +210,13 @@ class Encoder:
             str(place): image if isinstance(image, Image.Image) else fspath(image)
             for place, image in enumerate(images)
         }
-        load = ImageLoader(known, self.processor.image_size, self.max_pixels, self.threads)
+        load = ImageLoader(
+            known,
+            self.processor.image_size,
+            self.processor.pixels,
+            self.max_pixels,
+            self.threads,
+        )
         places = [
             range(start, min(start + batch_size, len(images)))
             for start in range(0, len(images), batch_size)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from qure_core import storage
-from qure_core.base.config import ClusterSettings, Settings
+from qure_core.base.config import ClusterSettings, Pixels, Settings
 from qure_core.base.errors import InputError, bad_input_of_workers
 from qure_core.data.hashing import image_digests
 from qure_core.data.images import decode, preprocess_to_bytes, read_image_bytes
@@ -227,18 +227,18 @@ _DECODED = pa.schema(
 )
 
 
-def _decode_piece(table: pa.Table, image_size: int, max_pixels: int) -> pa.Table:
+def _decode_piece(table: pa.Table, image_size: int, pixels: Pixels, max_pixels: int) -> pa.Table:
     """Task: read, hash, decode and preprocess the images of a piece."""
     (row,) = table.to_pylist()
     digests, faults = [], []
-    pixels = io.BytesIO()
+    decoded = io.BytesIO()
     for uri in row["uri"]:
         digest = fault = ""
         try:
             data = read_image_bytes(uri, max_pixels)
             digest = hashlib.sha256(data).hexdigest()
-            image = decode(data, uri, max_pixels)
-            pixels.write(preprocess_to_bytes(image, image_size).tobytes())
+            image = decode(data, uri, max_pixels, pixels)
+            decoded.write(preprocess_to_bytes(image, image_size).tobytes())
         except InputError as error:
             fault = str(error)
         except Exception as error:  # of one file, or of a decoder that met nonsense
@@ -247,7 +247,7 @@ def _decode_piece(table: pa.Table, image_size: int, max_pixels: int) -> pa.Table
             fault = f"{uri}: cannot be read ({type(error).__name__}: {error})"
         digests.append(digest)
         faults.append(fault)
-    row |= {"sha256": digests, "fault": faults, "pixels": pixels.getvalue()}
+    row |= {"sha256": digests, "fault": faults, "pixels": decoded.getvalue()}
     return pa.Table.from_pylist([row], _DECODED)
 
 
@@ -357,7 +357,10 @@ def _run(
 ) -> Iterator[dict[str, Any]]:
     cluster = settings.cluster
     task = partial(
-        _decode_piece, image_size=key.image_size, max_pixels=settings.data.max_image_pixels
+        _decode_piece,
+        image_size=key.image_size,
+        pixels=key.pixels,
+        max_pixels=settings.data.max_image_pixels,
     )
     # A decoded piece and its copies. Asking for it also keeps Ray from running both steps in the
     # actor, one after the other, as it does with steps that ask for the same.
@@ -427,7 +430,7 @@ def _commit(
     total = sum(facts["bytes"] for facts in files.values())
     files[name] = facts
     description = (
-        asdict(key)
+        key.facts()
         | shape
         | {
             "index": name,

@@ -30,7 +30,7 @@ from qure_core.data.schema import Split, Triplet
 from qure_core.embeddings.feature_use import usable_store
 from qure_core.embeddings.shards import EMBEDDINGS_KIND, shard_files
 from qure_core.features.store import StoredFeatures
-from qure_core.model.checkpoint_files import CHECKPOINT_KIND, checkpoint_digest
+from qure_core.model.checkpoint_files import CHECKPOINT_KIND, checkpoint_digest, checkpoint_pixels
 from qure_core.runtime.progress import Progress
 from qure_core.runtime.resources import Plan, granted_device
 from qure_core.storage.arrow import write_arrow
@@ -67,7 +67,8 @@ class _Embedder:
         if self.store:
             return StoredFeatures(self.store, images, settings.feature_store.cache_dir)
         limit, threads = settings.data.max_image_pixels, settings.cluster.decode_threads
-        return ImageLoader(images, self.encoder.processor.image_size, limit, threads)
+        processor = self.encoder.processor
+        return ImageLoader(images, processor.image_size, processor.pixels, limit, threads)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         assert len(rows["shard"]) == 1, "one shard a call"
@@ -235,7 +236,7 @@ def embed_splits(
     An output already made from the same checkpoint and inputs is kept. Features come from the
     feature store if ``settings.features`` lets them, with the same result.
     """
-    digest = checkpoint_digest(checkpoint)
+    digest, pixels = checkpoint_digest(checkpoint), checkpoint_pixels(checkpoint)
     cluster = settings.cluster
     keys = {
         job.output: {
@@ -244,6 +245,7 @@ def embed_splits(
             "inputs": job.digest(),
             "batch": cluster.embed_batch,
             "vision_precision": settings.model.vision_precision,
+            "pixels": pixels,
         }
         for job in jobs
     }

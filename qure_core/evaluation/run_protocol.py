@@ -21,7 +21,7 @@ from qure_core.evaluation.protocols import PROTOCOLS, Protocol, Request, of_form
 from qure_core.evaluation.protocols.protocol import Asked
 from qure_core.evaluation.published import known_dataset
 from qure_core.evaluation.stage import rank_queries, read_rows
-from qure_core.model.checkpoint_files import checkpoint_digest
+from qure_core.model.checkpoint_files import checkpoint_digest, checkpoint_pixels
 from qure_core.runtime.resources import Plan
 
 RESULT_KIND = storage.Kind("protocol result", r"(recall|recall_subset|submission)\.json")
@@ -70,6 +70,8 @@ def evaluate_protocol(
         "vision_precision": settings.model.vision_precision,
         "judgements": asked.judgements(request),
     }
+    if (pixels := checkpoint_pixels(checkpoint)) != "released":
+        facts["pixels"] = pixels  # not said in results from before there was a choice
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
     uri = storage.join(output, f"{protocol}-{key}")
     embeddings, rankings = f"{uri}-embeddings", f"{uri}-rankings"

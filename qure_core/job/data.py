@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pyarrow as pa
@@ -11,8 +12,13 @@ from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
 from qure_core.data import Split, load_split, mining_galleries, read_split, write_split
 from qure_core.data.hashing import image_digests
+from qure_core.data.positives import (
+    twins_said,
+    with_known_positives,
+    without_known_positives,
+)
 from qure_core.data.schema import holds, is_older_split
-from qure_core.data.sources import has_split, load_descriptions
+from qure_core.data.sources import Dataset, load_descriptions
 from qure_core.data.world import make_world
 from qure_core.evaluation.stage import evaluation_job
 from qure_core.job.resume import forget_first_weights, has_learned
@@ -22,27 +28,41 @@ from qure_core.storage.parquet import read_parquet, write_parquet
 _CONTENTS = pa.schema([(name, pa.string()) for name in ("image_id", "uri", "stamp", "sha256")])
 
 
-def _kept_split(settings: Settings, uri: str, split: Split, learned: bool) -> Split:
+def _checked(settings: Settings, uri: str, split: Split, learned: bool) -> Split:
     """``split``, checked against what the run, which has ``learned`` from it, keeps of it."""
     kept = read_split(uri) if storage.is_committed(uri) else None
+    # What answers a query besides its target follows from labels and contents.
+    before = without_known_positives(kept).triplets if kept else ()
+    triplets = without_known_positives(split).triplets
     if kept and learned:
-        if is_older_split(uri) and kept.triplets == split.triplets and holds(kept, split):
+        if is_older_split(uri) and before == triplets and holds(kept, split):
             print(
                 f"[prepare] this run was begun when images of other splits were part of the "
                 f"{split.name} corpus; it goes on so",
                 flush=True,
             )
             return replace(split, galleries=kept.galleries)
-        if (kept.triplets, kept.galleries) != (split.triplets, split.galleries):
+        if (before, kept.galleries) != (triplets, split.galleries):
             raise InputError(
                 f"data.root: the {split.name} split of {settings.data.root} has changed since this "
                 f"run began ({uri}); choose another --run.dir, or restore the data"
             )
-    if kept and (kept.triplets, kept.galleries) != (split.triplets, split.galleries):
+    if kept and (before, kept.galleries) != (triplets, split.galleries):
         forget_first_weights(settings.run.dir)
-    if kept != split:  # it is new, or its images have moved
-        write_split(uri, split)
     return split
+
+
+def _keep(uri: str, split: Split) -> None:
+    """Write ``split`` if it is new, or its images have moved."""
+    if not storage.is_committed(uri) or read_split(uri) != split:
+        write_split(uri, split)
+
+
+def _known(settings: Settings, split: Split, digest_of: Mapping[str, str]) -> Split:
+    """``split`` with all that is known to answer its queries, or with targets alone."""
+    if not settings.mining.exclude_known_positives:
+        return without_known_positives(split)
+    return with_known_positives(split, digest_of)
 
 
 def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tuple[str, ...]]]:
@@ -55,13 +75,14 @@ def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tup
         print(f"[prepare] drew {data.world.images:,} images in {data.root}", flush=True)
     folder, learned = storage.join(settings.run.dir, "data"), has_learned(settings.run.dir)
 
-    def kept(name: str) -> Split:
-        return _kept_split(settings, storage.join(folder, name), load_split(data, name), learned)
+    dataset = Dataset(data)
 
-    train = kept("train")
-    val = kept("val") if has_split(data, "val") else None
+    def checked(name: str) -> Split:
+        return _checked(settings, storage.join(folder, name), dataset.load(name), learned)
+
+    train = checked("train")
+    val = checked("val") if dataset.has("val") else None
     corpora = mining_galleries(data, train)
-    check_corpora(train, corpora, settings.train.negatives_per_triplet)
     storage.write_json(storage.join(folder, "corpora.json"), corpora)
     captions, described = storage.join(folder, "captions.json"), load_descriptions(data, train)
     if not storage.exists(captions) or not learned:  # a run keeps those that it began with
@@ -86,8 +107,34 @@ def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tup
     if not learned:
         storage.remove_file(contents)  # of an attempt whose images may have been put right since
     used = used_images(settings, train, val, corpora)
-    remember_contents(contents, used | {name: train.images[name] for name in described})
+    digest_of = remember_contents(contents, used | {name: train.images[name] for name in described})
+    for note in twins_said(digest_of):
+        print(f"[data] {note}", flush=True)
+    train = _known(settings, train, digest_of)
+    check_corpora(train, corpora, settings.train.negatives_per_triplet)
+    _keep(storage.join(folder, "train"), train)
+    if val:
+        _keep(storage.join(folder, "val"), val)
     return train, val, corpora
+
+
+def mining_data(settings: Settings) -> tuple[Split, dict[str, tuple[str, ...]]]:
+    """The training split and the mining corpora, as a round alone needs them.
+
+    Contents are those that the run remembers, or read where it does not.
+    """
+    split = load_split(settings.data, "train")
+    corpora = mining_galleries(settings.data, split)
+    if settings.mining.exclude_known_positives:
+        uri = storage.join(settings.run.dir, "data", "contents.parquet")
+        known, asked, _ = _contents(uri, training_images(split, corpora))
+        split = _known(
+            settings, split, {name: row["sha256"] for name, row in known.items()} | asked
+        )
+    else:
+        split = without_known_positives(split)
+    check_corpora(split, corpora)
+    return split, corpora
 
 
 def training_images(train: Split, corpora: dict[str, tuple[str, ...]]) -> dict[str, str]:
@@ -106,11 +153,13 @@ def used_images(
     return training_images(train, corpora) | evaluated
 
 
-def remember_contents(uri: str, images: dict[str, str]) -> None:
-    """Note what each image file holds (SHA-256), or check that it still holds it.
+def _contents(
+    uri: str, images: dict[str, str]
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
+    """What is known of images' contents at ``uri``, digests of those that were read again, and
+    stamps: rows by id, SHA-256 by id, and `storage.stamps` by URI.
 
-    Only files whose place, size or times differ from before are read again. Raises `InputError` if
-    one has changed: half of a run would have seen other pixels than the other half.
+    Only files whose place, size or times differ from before are read again.
     """
     known: dict[str, dict[str, str]] = {}
     if storage.exists(uri):
@@ -123,10 +172,20 @@ def remember_contents(uri: str, images: dict[str, str]) -> None:
         or (known[name]["uri"], known[name]["stamp"]) != (image, stamps.get(image))
     }
     digests = image_digests(asked.values())
+    return known, {name: digests.get(image, "") for name, image in asked.items()}, stamps
+
+
+def remember_contents(uri: str, images: dict[str, str]) -> dict[str, str]:
+    """Note what each image file holds, or check that it still holds it; SHA-256 by image id.
+
+    Raises `InputError` if one has changed: half of a run would have seen other pixels than the
+    other half.
+    """
+    known, asked, stamps = _contents(uri, images)
     changed = [
-        image
-        for name, image in asked.items()
-        if name in known and digests.get(image) != known[name]["sha256"]
+        images[name]
+        for name, digest in asked.items()
+        if name in known and digest != known[name]["sha256"]
     ]
     if changed:
         raise InputError(
@@ -135,9 +194,10 @@ def remember_contents(uri: str, images: dict[str, str]) -> None:
         )
     rows = [row for name, row in known.items() if name not in asked]
     rows += [
-        {"image_id": name, "uri": image, "stamp": stamps[image], "sha256": digests[image]}
-        for name, image in asked.items()
-        if image in digests and image in stamps
+        {"image_id": name, "uri": images[name], "stamp": stamps[images[name]], "sha256": digest}
+        for name, digest in asked.items()
+        if digest and images[name] in stamps
     ]
     if asked:
         write_parquet(uri, pa.Table.from_pylist(rows, _CONTENTS))
+    return {row["image_id"]: row["sha256"] for row in rows if row["image_id"] in images}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import yaml
 
@@ -13,14 +14,48 @@ from qure_core.job.layout import committed
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND, checkpoint_uri, latest_epoch
 from qure_core.runtime.settings import parse_settings
 
+# What runs were begun with before there was a choice, where today's default is another.
+_BEFORE = {
+    "data.pixels": "released",
+    "data.texts": "released",
+    "mining.exclude_known_positives": False,
+}
+
+
+def _kept_settings(run_dir: str) -> tuple[dict[str, Any], set[str]]:
+    """The settings of the run there, by dotted name, and those that it did not know yet."""
+    uri = storage.join(run_dir, "config.yaml")
+    values = yaml.safe_load(storage.read_bytes(uri))
+    # What it did not know yet has a default that means what was done then, or is listed here.
+    kept = flatten(parse_settings(values, uri).resolved())
+    unknown = set(_BEFORE) - set(flatten(values))
+    return kept | {name: _BEFORE[name] for name in unknown}, unknown
+
+
+def as_begun(settings: Settings) -> None:
+    """Let a run of an earlier version go on as it was begun, unless other settings are asked for.
+
+    Changes ``settings``.
+    """
+    run_dir = settings.run.dir
+    if not has_learned(run_dir) or not storage.exists(storage.join(run_dir, "config.yaml")):
+        return
+    said = []
+    for name in sorted(_kept_settings(run_dir)[1]):
+        section, key = name.split(".")
+        if key not in (part := getattr(settings, section)).model_fields_set:
+            setattr(part, key, _BEFORE[name])
+            said.append(f"{name} {_BEFORE[name]}")
+    if said:
+        print(f"[run] begun by an earlier version; it goes on so: {', '.join(said)}", flush=True)
+
 
 def _differences(settings: Settings, sections: Sequence[str]) -> list[str]:
     """The settings of ``sections`` that the run there, if any, was made with other values of."""
     uri = storage.join(settings.run.dir, "config.yaml")
     if not storage.exists(uri):
         return []
-    # What it did not know yet has a default that means what was done then.
-    before = flatten(parse_settings(yaml.safe_load(storage.read_bytes(uri)), uri).resolved())
+    before, _ = _kept_settings(settings.run.dir)
     free = free_settings()
     return [
         f"  {name}: {before.get(name)!r} there, {value!r} now"
@@ -30,7 +65,11 @@ def _differences(settings: Settings, sections: Sequence[str]) -> list[str]:
 
 
 def check_settings(settings: Settings, sections: Sequence[str]) -> None:
-    """Raise `InputError` if the run there, if any, was made with other settings of ``sections``."""
+    """Raise `InputError` if the run there, if any, was made with other settings of ``sections``.
+
+    First `as_begun`.
+    """
+    as_begun(settings)
     run_dir = settings.run.dir
     if not has_learned(run_dir):
         return

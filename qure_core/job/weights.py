@@ -25,6 +25,7 @@ def first_checkpoint(settings: Settings, train: Split) -> None:
         model, processor = load_model(
             model_settings.pretrained, model_settings.tokenizer, model_settings.dropout
         )
+        processor.pixels = settings.data.pixels
         facts = {"stage": "train", "epoch": 0, "origin": model_settings.pretrained}
         save_checkpoint(checkpoint_uri(run_dir, "train", 0), model, processor, facts)
         return
@@ -47,6 +48,7 @@ def first_checkpoint(settings: Settings, train: Split) -> None:
         model_settings.dropout,
         derive(settings.run.seed, "weights"),
     )
+    processor.pixels = settings.data.pixels
     facts = {"stage": "pretrain", "epoch": 0, "origin": "random weights"}
     save_checkpoint(checkpoint_uri(run_dir, "pretrain", 0), model, processor, facts)
 

@@ -24,6 +24,10 @@ def round_table(manifest: dict[str, Any]) -> str:
     for name, count in statistics["statuses"].items():
         if name != rule.statuses[0]:
             lines.append(f"  fallback {name:<15} {count:>12,}")
+    if (known := statistics["known_positives"])["images"]:
+        lines.append(
+            f"  known answers left out   {known['images']:>12,}  of {known['queries']:,} queries"
+        )
     for key, label, form in (
         ("set_size", "negatives per query", ",.0f"),
         ("margin_to_target", "target - negatives", ".4f"),
@@ -73,6 +77,8 @@ def describe_query(uri: str, query_id: str, top: int) -> str:
         f"rank {row['target_rank']:,}",
     ]
     lines += [f"  {line}" for line in rule.describe(row["details"])]
+    if row["known_positives"]:
+        lines.append(f"  {row['known_positives']:,} other known answers, left out")
     listed = len(row["negative_ids"])
     lines.append(f"  {row['num_negatives']:,} hard negatives, {listed:,} listed; the best:")
     pairs = zip(row["negative_ids"][:top], row["negative_scores"][:top], strict=True)

@@ -14,8 +14,9 @@ from qure_core import storage
 from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.storage.parquet import read_committed_parquet
 
-SCHEMA_VERSION = 3
-"""3: the rule's facts are a struct, ``details``; until 2 those of steep drops were columns."""
+SCHEMA_VERSION = 4
+"""4: ``known_positives``. 3: the rule's facts are a struct, ``details``; until 2 those of steep
+drops were columns."""
 
 # The names beside the parts begin with an underscore, which readers of Parquet directories skip.
 MINED_KIND = storage.Kind(
@@ -41,6 +42,7 @@ def mined_schema(details: Mapping[str, Any]) -> pa.Schema:
             ("target_score", pa.float32()),
             ("target_rank", pa.int64()),
             ("num_negatives", pa.int64()),  # in the set, of which max_negatives are listed
+            ("known_positives", pa.int64()),  # of the corpus, which could not be in it
             ("negative_ids", pa.large_list(pa.dictionary(pa.int32(), pa.string()))),
             ("negative_scores", pa.large_list(pa.float32())),
             ("status", pa.string()),
@@ -81,14 +83,18 @@ class MinedSet:
 
 def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
     """A round's manifest in the terms of today's, whichever version wrote it."""
-    if manifest.get("schema_version") != 2:
-        return manifest
-    settings = dict(manifest["settings"])
-    del settings["rule"]  # prose: there was one rule
-    options = {name: settings.pop(name) for name in DropRule().options()}
-    statistics = dict(manifest["statistics"])
-    statistics["found_share"] = statistics.pop("steep_share")
-    rule = {"name": DropRule.name, "version": 1, **options}
+    version = manifest.get("schema_version", SCHEMA_VERSION)
+    settings, rule = dict(manifest.get("settings", {})), manifest.get("rule")
+    statistics = dict(manifest.get("statistics", {}))
+    if version < 3:
+        del settings["rule"]  # prose: there was one rule
+        options = {name: settings.pop(name) for name in DropRule().options()}
+        statistics["found_share"] = statistics.pop("steep_share")
+        rule = {"name": DropRule.name, "version": 1, **options}
+    if version < 4:
+        # As the released program: nothing but targets was known, and images were as stored.
+        settings |= {"known_positives": None, "pixels": "released"}
+        statistics["known_positives"] = {"queries": 0, "images": 0}
     today = {"schema_version": SCHEMA_VERSION, "settings": settings, "rule": rule}
     return manifest | today | {"statistics": statistics}
 
@@ -114,6 +120,10 @@ def read_mined_set(uri: str, columns: list[str] | None = None) -> MinedSet:
 
 def _today(table: pa.Table) -> pa.Table:
     """A part's table as today's are, whichever version wrote it."""
+    if "num_negatives" in table.column_names and "known_positives" not in table.column_names:
+        place = table.column_names.index("num_negatives") + 1
+        none = pa.array([0] * len(table), pa.int64())
+        table = table.add_column(place, "known_positives", none)
     if not set(_OLD_DETAILS) <= set(table.column_names):
         return table
     facts = [table[name].combine_chunks() for name in _OLD_DETAILS]

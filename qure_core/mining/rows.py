@@ -105,6 +105,8 @@ def to_table(
     names = pa.DictionaryArray.from_arrays(
         pa.array(codes, pa.int32()), pa.array([corpus[column] for column in used], pa.string())
     )
+    named = {name for triplet in triplets for name in triplet.positive_ids}
+    positives = named.intersection(corpus) if named else named
     offsets = pa.array(np.cumsum([0, *(len(row.negative_keys) for row in rows)]), pa.int64())
     curve_offsets = pa.array(np.cumsum([0, *(len(row.curve[0]) for row in rows)]), pa.int32())
     curve_values = [np.concatenate([row.curve[part] for row in rows]) for part in (0, 1)]
@@ -119,6 +121,7 @@ def to_table(
         "negative_scores": pa.LargeListArray.from_arrays(
             offsets, pa.array(key_scores(keys).numpy(), pa.float32())
         ),
+        "known_positives": [len(positives.intersection(t.positive_ids)) for t in triplets],
         "status": [row.status for row in rows],
         "details": [dict(row.details) for row in rows],
         "curve_ranks": pa.ListArray.from_arrays(curve_offsets, pa.array(curve_values[0])),

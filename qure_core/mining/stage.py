@@ -40,7 +40,7 @@ from qure_core.mining.tasks import (
     write_anchors,
     write_summary,
 )
-from qure_core.model.checkpoint_files import checkpoint_digest
+from qure_core.model.checkpoint_files import checkpoint_digest, checkpoint_pixels
 from qure_core.ranking.blocks import BYTES_PER_SCORE, QueryBlock, make_blocks, map_blocks
 from qure_core.runtime.resources import Plan
 from qure_core.storage.lease import Lease, hold
@@ -181,8 +181,10 @@ def round_facts(
             "seed": settings.run.seed if mining.max_negatives else None,
             "precision": mining.precision,
             "stored": mining.stored,
+            "known_positives": _positives_digest(split) if mining.exclude_known_positives else None,
             "embed_batch": settings.cluster.embed_batch,
             "vision_precision": settings.model.vision_precision,
+            "pixels": checkpoint_pixels(checkpoint),
         },
     }
 
@@ -319,6 +321,17 @@ def check_corpora(split: Split, corpora: dict[str, tuple[str, ...]], negatives: 
             f"a query needs a target, a reference and at least {others}. Give the category more "
             "of them, or set data.mining_corpus to 'split'"
         )
+    for triplet in split.triplets if not small else ():
+        own = members[triplet.category]
+        left_out = own.intersection((triplet.reference_id, *triplet.positive_ids))
+        left = len(own) - len(left_out | {str(triplet.target_id)})
+        if triplet.positive_ids and left < negatives:
+            raise InputError(
+                f"query {triplet.query_id}: {left} of the {len(own):,} images of its mining corpus "
+                "are neither its reference nor known answers, too few to be its negatives. Give "
+                "the corpus more images (data.mining_corpus split, mining.corpus), correct what is "
+                "labelled, or set mining.exclude_known_positives to false"
+            )
     outside = [t for t in split.triplets if t.target_id not in members[t.category]]
     if outside:
         first = outside[0]
@@ -326,6 +339,11 @@ def check_corpora(split: Split, corpora: dict[str, tuple[str, ...]], negatives: 
             f"{len(outside)} target(s) are absent from their mining corpus, first "
             f"{first.target_id!r} of query {first.query_id}; set data.mining_corpus to 'targets'"
         )
+
+
+def _positives_digest(split: Split) -> str:
+    known = [(t.query_id, t.positive_ids) for t in split.triplets if t.positive_ids]
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
 _POINTS = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
@@ -337,9 +355,9 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 def summarise(rows: list[dict[str, Any]], rule: Rule) -> dict[str, Any]:
     """Statistics of a round from its blocks' results, independent of how it was cut."""
-    sizes, margins, ranks, codes = (
+    sizes, margins, ranks, codes, known = (
         np.concatenate([np.asarray(row[name]) for row in rows])
-        for name in ("sizes", "margins", "ranks", "codes")
+        for name in ("sizes", "margins", "ranks", "codes", "known_positives")
     )
     statuses = {name: int((codes == i).sum()) for i, name in enumerate(rule.statuses)}
     statistics = {
@@ -348,6 +366,7 @@ def summarise(rows: list[dict[str, Any]], rule: Rule) -> dict[str, Any]:
         "set_size": _quantiles(sizes),
         "margin_to_target": _quantiles(margins),
         "target_rank": _quantiles(ranks),
+        "known_positives": {"queries": int((known > 0).sum()), "images": int(known.sum())},
     }
     for name in rule.figures:
         values = np.concatenate([np.asarray(row[f"figure_{name}"]) for row in rows])

@@ -80,16 +80,20 @@ class RoundTask:
         return queries, corpus
 
     def columns(self, block: QueryBlock) -> tuple[Tensor, Tensor]:
-        """Columns of the block's targets, and of its references or -1."""
-        names = {str(t.target_id) for t in block.triplets} | {
-            t.reference_id for t in block.triplets
-        }
+        """Columns of the block's targets [Q], and of what is left out of each ranking [Q, E], or
+        -1: the reference if the settings say so, and known positives."""
+        left_out = [
+            {*t.positive_ids, *([t.reference_id] if self.exclude_reference else [])}
+            for t in block.triplets
+        ]
+        names = {str(t.target_id) for t in block.triplets}.union(*left_out)
         column = {image_id: i for i, image_id in enumerate(block.corpus) if image_id in names}
         target_Q = torch.tensor([column[str(t.target_id)] for t in block.triplets])
-        reference_Q = torch.full_like(target_Q, -1)
-        if self.exclude_reference:
-            reference_Q = torch.tensor([column.get(t.reference_id, -1) for t in block.triplets])
-        return target_Q, reference_Q
+        own = [[column[name] for name in sorted(some) if name in column] for some in left_out]
+        left_out_QE = torch.full((len(own), max(map(len, own))), -1)
+        for row, columns in enumerate(own):
+            left_out_QE[row, : len(columns)] = torch.tensor(columns, dtype=torch.int64)
+        return target_Q, left_out_QE
 
 
 def part_name(block: int) -> str:
@@ -104,14 +108,14 @@ def mine_by_sorting(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
 def _sorted_rows(block: QueryBlock, task: RoundTask, dtype: torch.dtype) -> Iterator[MinedRow]:
     embeddings = EmbeddingShards.open(task.embeddings_uri)
     scores_QM = score_block(embeddings, block, dtype)
-    target_Q, reference_Q = task.columns(block)
+    target_Q, left_out_QE = task.columns(block)
     query_word_Q, image_word_M = task.words(block)
     held = task.memory_bytes // 2 // (SORT_BYTES * len(block.corpus))
     step = min(max(1, held), QUERY_TILE)
     tokens = _image_tokens(embeddings, block) if IMAGE_TOKENS in task.rule.needs else None
     for first in range(0, len(block.triplets), step):
         part = slice(first, first + step)
-        ranked = rank_queries(scores_QM[part], target_Q[part], reference_Q[part], tokens)
+        ranked = rank_queries(scores_QM[part], target_Q[part], left_out_QE[part], tokens)
         selection = task.rule.select(ranked)
         statuses, words = task.rule.statuses, query_word_Q[part]
         yield from rows_of(ranked, selection, statuses, words, image_word_M, task.max_negatives)
@@ -172,7 +176,10 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-STATISTICS_COLUMNS = ["target_score", "target_rank", "num_negatives", "negative_scores", "status"]
+STATISTICS_COLUMNS = [
+    *("target_score", "target_rank", "num_negatives", "negative_scores", "status"),
+    "known_positives",
+]
 
 
 def block_statistics(rows: pa.RecordBatch, rule: Rule) -> dict[str, np.ndarray]:
@@ -185,6 +192,7 @@ def block_statistics(rows: pa.RecordBatch, rule: Rule) -> dict[str, np.ndarray]:
         "margins": margin.astype(np.float32),
         "ranks": rows["target_rank"].to_numpy().astype(np.int64),
         "codes": np.asarray(codes, np.int64),
+        "known_positives": rows["known_positives"].to_numpy().astype(np.int64),
     }
     for name in rule.figures:
         values = rows["details"].field(name)
@@ -216,7 +224,7 @@ def write_anchors(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
     uri = storage.join(task.scratch, anchors_name(block.number))
     if not storage.exists(uri):
         embeddings = EmbeddingShards.open(task.embeddings_uri)
-        target_Q, reference_Q = task.columns(block)
+        target_Q, left_out_QE = task.columns(block)
         query_QD = query_embeddings(embeddings, [t.query_id for t in block.triplets])
         few = np.unique(np.linspace(0, len(block.corpus) - 1, IMAGE_TILE).astype(np.int64)).tolist()
         wanted = {block.corpus[i] for i in [*target_Q.tolist(), *few]}
@@ -241,7 +249,7 @@ def write_anchors(block: QueryBlock, task: RoundTask) -> dict[str, Any]:
             "target_score": torch.cat(scores),
             "low": torch.cat(lows),
             "target": target_Q,
-            "reference": reference_Q,
+            "left_out": left_out_QE,
         }
         storage.write_bytes(uri, tensors_to_bytes(known))
     return {"peak_mb": _peak_mb()}
@@ -264,7 +272,7 @@ def _read_anchors(
     anchors = Anchors.of(
         known["target_score"],
         known["target"],
-        known["reference"],
+        known["left_out"],
         known["low"],
         query_word_Q,
         threshold,

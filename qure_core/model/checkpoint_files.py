@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from qure_core import storage
+from qure_core.base.config import Pixels
 
 CHECKPOINT_KIND = storage.Kind(
     "checkpoint",
@@ -19,6 +20,12 @@ def checkpoint_digest(checkpoint: str) -> str:
     manifest = storage.read_manifest(checkpoint, CHECKPOINT_KIND)
     digest: str = manifest["files"]["model.safetensors"]["sha256"]
     return digest
+
+
+def checkpoint_pixels(checkpoint: str) -> Pixels:
+    """How a checkpoint takes images (``data.pixels``); as stored, until that was said."""
+    pixels: Pixels = storage.read_manifest(checkpoint, CHECKPOINT_KIND).get("pixels", "released")
+    return pixels
 
 
 def checkpoint_uri(run_dir: str, stage: str, epoch: int) -> str:

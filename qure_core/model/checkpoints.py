@@ -39,7 +39,11 @@ def save_checkpoint(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from error
             raise
         # What stored features of this encoder are known by.
-        described = {"encoder": model.encoder_digest(), "image_size": processor.image_size}
+        described = {
+            "encoder": model.encoder_digest(),
+            "image_size": processor.image_size,
+            "pixels": processor.pixels,
+        }
         description |= facts | described
 
 

@@ -72,6 +72,7 @@ def main() -> None:
         tokenizer,
         model.config.vision["image_size"],
         model.config.max_text_tokens,
+        "released",  # as these weights were trained
     )
     facts = {"stage": "train", "epoch": 0, "origin": str(chosen.source)}
     save_checkpoint(target, model, processor, facts)

@@ -14,9 +14,11 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
+from qure_core.base.config import Pixels
 from qure_core.base.errors import InputError
 from qure_core.data.images import preprocess_to_bytes
 from qure_core.data.loader import pixel_values
+from qure_core.data.pixels import upright
 from qure_core.data.text import clean_text
 
 PROCESSOR_FILE = "qure_processor.json"
@@ -25,17 +27,27 @@ DECODER_TOKEN = "[DEC]"  # BLIP-2 appends it to BERT's vocabulary; QuRe never us
 
 
 class QuReProcessor:
-    """Turns images into ``pixel_values`` and texts into ``input_ids`` and ``attention_mask``."""
+    """Turns images into ``pixel_values`` and texts into ``input_ids`` and ``attention_mask``.
+
+    ``pixels``: how images are taken (``data.pixels``). A model is to be asked as it was trained.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, image_size: int, max_text_tokens: int = 32
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_size: int,
+        max_text_tokens: int = 32,
+        pixels: Pixels = "upright",
     ) -> None:
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.max_text_tokens = max_text_tokens
+        self.pixels: Pixels = pixels
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """PIL images to ``pixel_values`` [B, 3, S, S]."""
+        if self.pixels == "upright":
+            images = [upright(image) for image in images]
         pixels = [preprocess_to_bytes(image, self.image_size) for image in images]
         return pixel_values(np.stack(pixels))
 
@@ -58,7 +70,11 @@ class QuReProcessor:
     def save_pretrained(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        facts = {"image_size": self.image_size, "max_text_tokens": self.max_text_tokens}
+        facts = {
+            "image_size": self.image_size,
+            "max_text_tokens": self.max_text_tokens,
+            "pixels": self.pixels,
+        }
         (directory / PROCESSOR_FILE).write_text(json.dumps(facts, indent=2) + "\n")
         self.tokenizer.save_pretrained(directory)
 
@@ -68,7 +84,8 @@ class QuReProcessor:
         file = directory / PROCESSOR_FILE
         if not file.exists():
             raise InputError(f"{file}: no such file; {directory} holds no QuRe processor")
-        facts = json.loads(file.read_text())
+        # Until it was said how, images were taken as stored.
+        facts = {"pixels": "released"} | json.loads(file.read_text())
         return cls(BertTokenizer.from_pretrained(directory), **facts)
 
 

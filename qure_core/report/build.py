@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from qure_core import storage
-from qure_core.base.config import Settings
+from qure_core.base.config import DataSettings, Settings
 from qure_core.base.seeds import generator
 from qure_core.data.images import load_image
 from qure_core.data.schema import Split, Triplet
@@ -55,7 +55,7 @@ def build_report(
     columns = [name for name in protocol.columns if name in known]
     minings = [row["epoch"] for row in rounds]
     mined = {row["epoch"]: read_mined_set(row["uri"]) for row in rounds}
-    show_train = _shower(train, settings.data.max_image_pixels)
+    show_train = _shower(train, settings.data)
     last = mined[minings[-1]] if minings else None
     schedule = mining_epochs(settings.train)
     environment = jinja2.Environment(
@@ -166,10 +166,10 @@ def false_negative_share(mined: MinedSet, train: Split) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def _shower(split: Split, max_pixels: int) -> Callable[[str, Triplet], dict[str, str]]:
+def _shower(split: Split, data: DataSettings) -> Callable[[str, Triplet], dict[str, str]]:
     @cache
     def source(image_id: str) -> str:
-        return thumbnail(load_image(split.images[image_id], max_pixels))
+        return thumbnail(load_image(split.images[image_id], data.max_image_pixels, data.pixels))
 
     def show(image_id: str, query: Triplet) -> dict[str, str]:
         mark = "target" if image_id == query.target_id else ""
@@ -209,7 +209,7 @@ def _ranked_examples(
     val: Split,
     evaluations: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    show = _shower(val, settings.data.max_image_pixels)
+    show = _shower(val, settings.data)
     before, after = (
         {row["query_id"]: row for row in read_rankings(evaluation["uri"]).to_pylist()}
         for evaluation in (evaluations[0], evaluations[-1])

@@ -14,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,52 @@ def list_names(uri: str) -> list[str]:
     names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
     fs.invalidate_cache(path)  # other processes write here: a kept listing would hide it
     return names
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files below a directory, by relative path, sorted; and links that were not followed: why."""
+
+    files: list[str]
+    refused: dict[str, str]
+
+
+def find_files(uri: str, root: str) -> Listing:
+    """Every file below ``uri``, listed once; none if it does not exist.
+
+    On a disk, links to folders are followed while they stay inside ``uri`` or ``root`` and do not
+    lead back to a folder that they lie in.
+    """
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.invalidate_cache(path)
+        below = path.rstrip("/") + "/"
+        found = sorted(file.removeprefix(below) for file in fs.find(path))
+        return Listing([file for file in found if file], {})
+    inside = {os.path.realpath(path), os.path.realpath(filesystem(root)[1])}
+    files: list[str] = []
+    refused: dict[str, str] = {}
+    # Folders, each with the real folders on the way to it.
+    left: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(path),))]
+    while left:
+        folder, way = left.pop()
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(way[-1]) as entries:
+            for entry in entries:
+                name = f"{folder}{entry.name}"
+                if not entry.is_dir():
+                    files.append(name)
+                    continue
+                real = os.path.realpath(entry.path)
+                if not any(f"{real}/".startswith(f"{top.rstrip('/')}/") for top in inside):
+                    refused[name] = (
+                        f"is a link that leaves the data ({real}), so nothing in it is taken; copy "
+                        "or mount the folder here"
+                    )
+                elif real in way:
+                    refused[name] = f"is a link to a folder that it lies in ({real}); remove it"
+                else:
+                    left.append((f"{name}/", (*way, real)))
+    return Listing(sorted(files), refused)
 
 
 def read_bytes(uri: str, limit: int | None = None) -> bytes:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qure_core.base.seeds import derive, generator
 from qure_core.data.loader import VisionLoader
+from qure_core.data.positives import Query, query_of
 from qure_core.data.schema import Triplet
 from qure_core.model import QuReProcessor
 
@@ -84,12 +85,6 @@ def exchange(
 
 
 Negatives = Callable[[Triplet], tuple[str, ...]]
-_Query = tuple[str, str, str]
-
-
-def _query(triplet: Triplet) -> _Query:
-    """What is asked, whatever the answer."""
-    return triplet.category, triplet.reference_id, triplet.text
 
 
 @dataclass(frozen=True)
@@ -137,11 +132,11 @@ class TripletBatches:
         return Batch(inputs | labels, weight_B, len(chosen), names)
 
     @cached_property
-    def _targets(self) -> dict[_Query, set[str]]:
+    def _targets(self) -> dict[Query, set[str]]:
         """Targets of all triplets by query: images known to fit it."""
-        targets: dict[_Query, set[str]] = {}
+        targets: dict[Query, set[str]] = {}
         for triplet in self.triplets:
-            targets.setdefault(_query(triplet), set()).add(str(triplet.target_id))
+            targets.setdefault(query_of(triplet), set()).add(str(triplet.target_id))
         return targets
 
     def _candidates(
@@ -159,7 +154,8 @@ class TripletBatches:
         candidate_BA = torch.zeros(len(triplets), len(answers), dtype=torch.bool)
         for row, (triplet, own) in enumerate(zip(triplets, negatives, strict=True)):
             candidate_BA[row, of_category[triplet.category]] = True
-            left_out = {triplet.reference_id, *self._targets[_query(triplet)]}
+            left_out = {triplet.reference_id, *self._targets[query_of(triplet)]}
+            left_out.update(triplet.positive_ids)
             candidate_BA[row, [column[name] for name in left_out if name in column]] = False
             candidate_BA[row, [column[name] for name in own]] = True
         return candidate_BA

@@ -146,9 +146,13 @@ def train_segment(segment: Segment, board: Any = None) -> None:
     if segment.features:
         load = StoredFeatures(segment.features, split.images, settings.feature_store.cache_dir)
     else:
-        limit, size = settings.data.max_image_pixels, processor.image_size
         load = ImageLoader(
-            split.images, size, limit, cluster.decode_threads, cluster.image_cache_mb
+            split.images,
+            processor.image_size,
+            processor.pixels,
+            settings.data.max_image_pixels,
+            cluster.decode_threads,
+            cluster.image_cache_mb,
         )
     task = _make_task(segment, model, load, processor, Share(rank, workers))
     model.train()

@@ -14,10 +14,15 @@ from qure_core.data.schema import Triplet
 def random_negatives(
     triplet: Triplet, corpus: Sequence[str], seed: int, epoch: int, count: int = 1
 ) -> tuple[str, ...]:
-    """The warm-up's negatives: ``count`` different images, uniform over all but the target."""
+    """The warm-up's negatives: ``count`` different images, uniform over all but the target and
+    the other images that are known to answer the query."""
     rng = generator(seed, "warm-up negative", epoch, triplet.query_id)
     # Places in the sorted corpus that are taken; the target is in it exactly once.
     taken = [bisect_left(corpus, str(triplet.target_id))]
+    for image in triplet.positive_ids:
+        place = bisect_left(corpus, image)
+        if place < len(corpus) and corpus[place] == image:
+            insort(taken, place)
     drawn = []
     for _ in range(count):
         place = int(rng.integers(len(corpus) - len(taken)))

@@ -70,7 +70,7 @@ def contents(folder: Path) -> None:
     again = seconds(lambda: remember_contents(note, images))
 
     def decode(uri: str) -> None:
-        preprocess_to_bytes(load_image(uri, 10**8), 224)
+        preprocess_to_bytes(load_image(uri, 10**8, "released"), 224)
 
     with ThreadPoolExecutor(THREADS) as pool:
         decoding = seconds(lambda: list(pool.map(decode, images.values())))

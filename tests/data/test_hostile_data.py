@@ -108,7 +108,7 @@ def test_bombs_are_refused_by_their_limits(tmp_path: Path, data: bytes, message:
     file = tmp_path / "bomb.png"
     file.write_bytes(data)
     with pytest.raises(InputError, match=message) as caught:
-        load_image(str(file), 1_000_000)
+        load_image(str(file), 1_000_000, "released")
     assert str(file) in str(caught.value)
 
 

@@ -157,7 +157,7 @@ def test_cirr_layout(tmp_path: Path) -> None:
     assert "[0]: reference 'z' is not in" in found
     assert "[1]: 'pairid' is a str" in found
     assert "[d]: path '../../etc/passwd' is not inside the data root" in found
-    assert "[e]: image dev/e.png is missing" in found
+    assert "[e]: image 'e.png' is missing" in found
 
 
 def test_circo_layout(tmp_path: Path) -> None:
@@ -176,7 +176,9 @@ def test_circo_layout(tmp_path: Path) -> None:
     assert test.triplets[0].text == "a photo of $ that two cats"
     assert test.triplets[0].target_id is None
     _, problems = read_circo(str(tmp_path), "val")
-    assert [p.message for p in problems] == ["relevant names 1 unknown image(s), first '3'"]
+    assert [p.message for p in problems] == [
+        "relevant names 1 unknown image(s), first '3'; the nearest name there is '2'"
+    ]
 
 
 def test_jsonl_layout(tmp_path: Path) -> None:
@@ -204,12 +206,12 @@ def test_validate_decodes_every_image(fashion: Path, local_ray: str) -> None:
     data = DataSettings(format="fashioniq", root=str(fashion))
     picture(fashion / "images/b2.png", "P")
     Image.new("CMYK", (5, 5)).save(fashion / "images/hat/h2.jpg")
-    assert validate_dataset(data, ["train", "val"])[1] == []
+    assert validate_dataset(data, ["train", "val"]).problems == []
     file = fashion / "images/b1.png"
     Image.effect_noise((64, 64), 80).save(file)
     file.write_bytes(file.read_bytes()[:1000])
     (fashion / "images/hat/h3.jpg").unlink()
-    found = [str(p) for p in validate_dataset(data, ["train"])[1]]
+    found = [str(p) for p in validate_dataset(data, ["train"]).problems]
     assert len(found) == 2
     assert "image 'h3' is missing" in found[0]
     assert found[1].startswith(f"{file}: cannot be decoded")

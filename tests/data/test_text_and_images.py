@@ -59,19 +59,19 @@ def test_every_mode_and_shape_gives_model_input(mode: str, size: tuple[int, int]
 def test_damaged_and_missing_images_are_named(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     with pytest.raises(InputError, match=r"a\.png: image file is missing"):
-        load_image(str(file), 10**6)
+        load_image(str(file), 10**6, "released")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(file)
     file.write_bytes(file.read_bytes()[:4000])
     with pytest.raises(InputError, match=r"a\.png: cannot be decoded as an image"):
-        load_image(str(file), 10**6)
+        load_image(str(file), 10**6, "released")
     file.write_text("not an image")
     with pytest.raises(InputError, match=r"a\.png: cannot be decoded"):
-        load_image(str(file), 10**6)
+        load_image(str(file), 10**6, "released")
 
 
 def test_huge_images_are_refused_before_decoding(tmp_path: Path) -> None:
     file = tmp_path / "big.png"
     Image.new("1", (3000, 3000)).save(file)
     with pytest.raises(InputError, match=r"3000 x 3000 pixels .* exceed data.max_image_pixels"):
-        load_image(str(file), 10**6)
+        load_image(str(file), 10**6, "released")

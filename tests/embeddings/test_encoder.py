@@ -49,7 +49,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @torch.inference_mode()
 def alone(encoder: Encoder, picture: Path, text: str | None) -> torch.Tensor:
     """The model's embedding of one image, or of it with a text."""
-    pixels = encoder.processor.images([load_image(str(picture), 10**6)])
+    pixels = encoder.processor.images([load_image(str(picture), 10**6, "released")])
     vision = encode_frozen(encoder.model.vision_encoder, pixels, "fp16")
     if text is None:
         return encoder.model.embed_images(vision)[0]

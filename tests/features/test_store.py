@@ -106,7 +106,7 @@ def check_features(
     rng = np.random.default_rng(0)
     for size in (1, 5, 33):
         names = list(rng.choice(sorted(images), size, replace=False))
-        pixels = processor.images([load_image(images[name], 10**6) for name in names])
+        pixels = processor.images([load_image(images[name], 10**6, "released") for name in names])
         expected = encode_frozen(model.vision_encoder, pixels, precision)
         assert torch.equal(stored(names), expected)
     exact = model.vision_encoder(pixel_values=pixels).last_hidden_state
@@ -181,7 +181,7 @@ def test_only_what_changed_is_encoded_again(
     stored = StoredFeatures(str(store), more, str(tmp_path / "cache"))
     _, model, processor = checkpoint
     for name in ("003", "004", "new", "moved", "copy"):
-        pixels = processor.images([load_image(more[name], 10**6)])
+        pixels = processor.images([load_image(more[name], 10**6, "released")])
         expected = encode_frozen(model.vision_encoder, pixels, "fp16")
         assert torch.equal(stored([name]), expected), name
     # Nothing is left to do, and nothing is done.
@@ -231,7 +231,9 @@ def test_another_encoder_or_preprocessing_is_another_store(
 ) -> None:
     _, model, processor = checkpoint
     key = feature_key(checkpoint[0], "fp16")
-    assert key == FeatureKey.of(model.encoder_digest(), processor.image_size, "fp16")
+    assert key == FeatureKey.of(
+        model.encoder_digest(), processor.image_size, processor.pixels, "fp16"
+    )
     assert replace(key, precision="fp32").uri("x") != key.uri("x")
 
     other, _ = build_model("tiny", processor.tokenizer, 0.1, seed=5)
@@ -243,15 +245,15 @@ def test_another_encoder_or_preprocessing_is_another_store(
         last[-1] = torch.nextafter(last[-1], torch.tensor(2.0))
     assert other.encoder_digest() != model.encoder_digest()
 
-    assert preprocessing_digest(64) != preprocessing_digest(32)
-    digests = {preprocessing_digest(64)}
+    assert preprocessing_digest(64, "released") != preprocessing_digest(32, "released")
+    digests = {preprocessing_digest(64, "released")}
     for name, value in (("TARGET_RATIO", 1.5), ("CLIP_MEAN", (0.5, 0.5, 0.5))):
         with monkeypatch.context() as patched:
             patched.setattr(preprocessing, name, value)
             if name == "TARGET_RATIO":
                 patched.setattr(preprocessing.target_pad, "__defaults__", (value,))
             preprocessing_digest.cache_clear()
-            digests.add(preprocessing_digest(64))
+            digests.add(preprocessing_digest(64, "released"))
     preprocessing_digest.cache_clear()
     assert len(digests) == 3
 

@@ -49,6 +49,7 @@ def prepare(folder: Path, split: Split, **mining: Any) -> str:
         "inputs": job.digest(),
         "batch": settings.cluster.embed_batch,
         "vision_precision": settings.model.vision_precision,
+        "pixels": "released",
     }
     write_embeddings(job.output, split, tokens=2, width=8, shard=700, facts=facts)
     return checkpoint

@@ -140,7 +140,7 @@ def test_a_later_schema_is_refused(tmp_path: Path) -> None:
     write_json(str(tmp_path / "part-00000.parquet"), {})
     manifest = {"epoch": 1, "schema_version": SCHEMA_VERSION + 1}
     write_manifest(str(tmp_path), MINED_KIND, manifest, ["part-00000.parquet"])
-    with pytest.raises(InputError, match="a mined set of version 4, where this"):
+    with pytest.raises(InputError, match="a mined set of version 5, where this"):
         read_mined_set(str(tmp_path))
 
 
@@ -162,6 +162,7 @@ def test_what_a_round_depends_on_names_its_rule(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("qure_core.mining.stage.checkpoint_digest", lambda uri: "0")
+    monkeypatch.setattr("qure_core.mining.stage.checkpoint_pixels", lambda uri: "upright")
     split = make_split(4, 10)
     settings = Settings(mining={"window_ranks": 50})
     facts = round_facts(settings, "", split, split.galleries, 3)

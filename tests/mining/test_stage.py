@@ -84,7 +84,7 @@ def test_mined_set_against_an_independent_computation(
     assert set(rows) == {t.query_id for t in split.triplets}
 
     def vision(image_id: str) -> torch.Tensor:
-        image = load_image(split.images[image_id], 10**6)
+        image = load_image(split.images[image_id], 10**6, "released")
         return model.encode_vision(processor.images([image]))
 
     with torch.no_grad():

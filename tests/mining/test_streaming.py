@@ -152,7 +152,9 @@ def test_equals_the_sort(data: st.DataObject) -> None:
     )
     scores = torch.tensor(rows, dtype=torch.float32)
     target = torch.tensor([data.draw(st.integers(0, images - 1)) for _ in rows])
-    reference = torch.tensor([data.draw(st.integers(-1, images - 1)) for _ in rows])
+    # A reference and known positives; at least the target and one more are left.
+    left_out = st.lists(st.integers(-1, images - 1), min_size=3, max_size=3)
+    reference = torch.tensor([data.draw(left_out) for _ in rows])[:, : min(3, images - 2)]
     rule, wanted = data.draw(RULES), data.draw(st.one_of(st.none(), st.integers(1, 20)))
     words = names(len(rows), images)
     cuts = data.draw(st.lists(st.integers(1, images - 1), max_size=4))

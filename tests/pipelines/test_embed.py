@@ -93,7 +93,7 @@ def test_a_full_disk_and_a_kill_lose_nothing(
     stored = StoredFeatures(str(store), images, "/nonexistent")
     assert len(stored) == len(images)
     for name in images:
-        pixels = processor.images([load_image(images[name], 10**6)])
+        pixels = processor.images([load_image(images[name], 10**6, "released")])
         assert torch.equal(stored([name]), encode_frozen(model.vision_encoder, pixels, "fp16"))
 
 

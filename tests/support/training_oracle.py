@@ -70,7 +70,9 @@ def plain_epoch(run_dir: Path, recipe: Recipe) -> tuple[dict[str, Tensor], list[
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.05)
-    load = ImageLoader(split.images, processor.image_size, 10**7, threads=1, cache_mb=8)
+    load = ImageLoader(
+        split.images, processor.image_size, processor.pixels, 10**7, threads=1, cache_mb=8
+    )
 
     @cache
     def vision(name: str) -> Tensor:

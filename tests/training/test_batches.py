@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from qure_core.base.config import DataSettings
@@ -47,6 +49,28 @@ def test_warmup_negative_is_uniform_over_all_but_the_target() -> None:
     assert all(abs(count - 2000) < 150 for count in drawn.values()), drawn
     for target in corpus:
         assert random_negatives(query(0, target), corpus, 1, 0) != (target,)
+
+
+@given(st.sets(st.sampled_from("abdefghxyz"), max_size=6), st.integers(1, 3), st.integers(0, 99))
+def test_known_positives_are_no_negatives_of_the_warmup(
+    positives: set[str], count: int, epoch: int
+) -> None:
+    corpus = list("abcdefgh")
+    known = replace(query(1), positive_ids=tuple(positives))
+    left = set(corpus) - {"c"} - positives
+    if len(left) >= count:
+        drawn = random_negatives(known, corpus, seed=1, epoch=epoch, count=count)
+        assert len(set(drawn)) == count
+        assert set(drawn) <= left
+
+
+def test_known_positives_leave_the_rest_uniform() -> None:
+    known = [replace(query(i), positive_ids=("e", "a", "q")) for i in range(6000)]
+    drawn = collections.Counter(
+        random_negatives(triplet, list("abcdefgh"), seed=1, epoch=0)[0] for triplet in known
+    )
+    assert set(drawn) == set("bdfgh")
+    assert all(abs(count - 1200) < 150 for count in drawn.values()), drawn
 
 
 def test_several_warmup_negatives_are_different_and_uniform() -> None:
@@ -115,7 +139,9 @@ def parts(world: Path) -> Parts:
     split = load_split(data, "train")
     tokenizer = learn_tokenizer([t.text for t in split.triplets], 200)
     model, processor = build_model("tiny", tokenizer, 0.0, seed=1)
-    load = ImageLoader(split.images, processor.image_size, 10**6, threads=2, cache_mb=1)
+    load = ImageLoader(
+        split.images, processor.image_size, processor.pixels, 10**6, threads=2, cache_mb=1
+    )
     return Parts(list(split.triplets), mining_galleries(data, split), load, processor, model)
 
 
@@ -183,7 +209,9 @@ def test_in_batch_candidates_by_definition(parts: Parts, workers: int) -> None:
         replace(second, reference_id=first.reference_id, text=first.text, category=first.category),
         replace(third, category="another"),
     ]
-    triplets = [first, *odd, *parts.triplets[3:16]]
+    rest = list(parts.triplets[3:16])
+    rest[0] = replace(rest[0], positive_ids=tuple(str(t.target_id) for t in rest[5:9]))
+    triplets = [first, *odd, *rest]
     corpus = sorted({name for ids in parts.corpora.values() for name in ids})
     negatives_of = partial(random_negatives, corpus=corpus, seed=1, epoch=0, count=2)
     own = {t.query_id: negatives_of(t) for t in triplets}
@@ -201,6 +229,7 @@ def test_in_batch_candidates_by_definition(parts: Parts, workers: int) -> None:
                 for t in same
                 if (t.reference_id, t.text) == (triplet.reference_id, triplet.text)
             }
+            known |= set(triplet.positive_ids)
             expected = (near - known - {triplet.reference_id}) | set(own[triplet.query_id])
             found = [answers[column] for column in torch.nonzero(inputs["candidate_BA"][row])]
             assert set(found) == expected

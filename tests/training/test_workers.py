@@ -75,7 +75,9 @@ def epoch(
         corpus = corpora[triplet.category]
         return random_negatives(triplet, corpus, recipe.seed, 0, recipe.negatives)
 
-    load = ImageLoader(split.images, processor.image_size, 10**7, threads=1, cache_mb=8)
+    load = ImageLoader(
+        split.images, processor.image_size, processor.pixels, 10**7, threads=1, cache_mb=8
+    )
     build = TripletBatches(split.triplets, negatives_of, load, processor, objective.in_batch)
     order = epoch_order(len(split.triplets), recipe.seed, 0)
     steps = epoch_batches(build, order, recipe.batch_size, share)
@@ -93,7 +95,9 @@ def caption_epoch(share: Share, run_dir: Path, batch_size: int) -> list[float]:
     model.freeze_vision_encoder(False)
     model.train()
     captions = storage.read_json(str(run_dir / "data/captions.json"))
-    load = ImageLoader(split.images, processor.image_size, 10**7, threads=1, cache_mb=8)
+    load = ImageLoader(
+        split.images, processor.image_size, processor.pixels, 10**7, threads=1, cache_mb=8
+    )
     step = DistributedDataParallel(CaptionStep(model, 0.1))
     optimisation = Optimisation(
         step=step,

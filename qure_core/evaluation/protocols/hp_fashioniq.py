@@ -87,13 +87,13 @@ class HPFashionIQ(Protocol):
         """A query for every judged pair, and the images of both sets."""
         pairs, file = _judged_pairs(request), str(request.judged)
         folder = ImageFolder(storage.join(request.data.root, "images"))
-        by_name = {name.rsplit("/", 1)[-1]: name for name in folder.names()}
+        by_name = {name.rsplit("/", 1)[-1]: name for name in folder.sorted()}
         images: dict[str, str] = {}
         problems = []
         for name in sorted({i for p in pairs for i in (p.reference_id, *p.set1, *p.set2)}):
             uri = folder.find(by_name.get(name, name))
             if uri is None:
-                problems.append(Problem(file, name, f"image is missing in {folder.uri}"))
+                problems.append(Problem(file, name, folder.missing(name)))
             else:
                 images[name] = uri
         raise_problems(problems, f"{file} ({self.name})")

@@ -130,7 +130,8 @@ class FashionIQ(Own):
 
     def load(self, request: Request) -> Split:
         """FashionIQ's val split."""
-        split, problems = read_fashioniq(request.data.root, "val", request.data.categories)
+        data = request.data
+        split, problems = read_fashioniq(data.root, "val", data.categories, data.texts)
         raise_problems(problems, f"{request.data.root} ({self.name})")
         return split
 

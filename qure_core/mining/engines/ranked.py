@@ -15,7 +15,7 @@ from qure_core.mining.engines.keys import key_columns, key_scores
 class Ranked:
     """Rankings of Q queries over a corpus of M images; ranks count from 0, the best.
 
-    keys_QM: sorted keys (`mining.engines.keys`); an excluded reference is last.
+    keys_QM: sorted keys (`mining.engines.keys`); what is left out is last.
     length_Q: images ranked, M or M - 1. target_rank_Q: rank of the target.
     image_tokens: for a rule that needs them, gives the embeddings of corpus columns [n]: [n, T, D].
     """

@@ -41,13 +41,13 @@ _SLAB = 32  # rows sorted at a time, to bound the temporary copies
 class Anchors:
     """What must be known of each query before its scores stream by.
 
-    target_key_Q: ranking key of the target. reference_Q: column left out, -1 for none.
+    target_key_Q: ranking key of the target. left_out_QE: columns left out, -1 for none.
     low_Q: about the lowest score, from a few images; only the fineness of the grid depends on it.
     word_Q: the queries' words for sampling; threshold: priorities below it are kept, 0 for none.
     """
 
     target_key_Q: Tensor
-    reference_Q: Tensor
+    left_out_QE: Tensor
     low_Q: Tensor
     word_Q: Tensor
     threshold: int
@@ -57,13 +57,14 @@ class Anchors:
         cls,
         target_score_Q: Tensor,
         target_Q: Tensor,
-        reference_Q: Tensor,
+        left_out_QE: Tensor,
         low_Q: Tensor,
         word_Q: Tensor,
         threshold: int,
     ) -> Anchors:
-        kept = torch.where(reference_Q == target_Q, -1, reference_Q)
-        return cls(pack_key(target_score_Q, target_Q), kept, low_Q, word_Q, threshold)
+        left_out_QE = left_out_QE.reshape(len(target_Q), -1)
+        left_out_QE = left_out_QE.masked_fill(left_out_QE == target_Q[:, None], -1)
+        return cls(pack_key(target_score_Q, target_Q), left_out_QE, low_Q, word_Q, threshold)
 
     def rows(self, rows: Tensor) -> Anchors:
         """The anchors of some queries."""
@@ -75,7 +76,7 @@ class Anchors:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Anchors:
         return Anchors(
             change(self.target_key_Q),
-            change(self.reference_Q),
+            change(self.left_out_QE),
             change(self.low_Q),
             change(self.word_Q),
             self.threshold,
@@ -96,13 +97,13 @@ class Anchors:
 
 
 def ranked_keys(scores_QC: Tensor, first_column: int, anchors: Anchors) -> Tensor:
-    """Keys of a chunk, not sorted; the target and an excluded reference are `LAST_KEY`."""
+    """Keys of a chunk, not sorted; the target and what is left out are `LAST_KEY`."""
     refuse_bad_scores(scores_QC)
     keys_QC = pack_keys(scores_QC, first_column)
-    for column_Q in (key_columns(anchors.target_key_Q), anchors.reference_Q):
-        place_Q = column_Q - first_column
-        here_Q = torch.nonzero((place_Q >= 0) & (place_Q < scores_QC.shape[1])).flatten()
-        keys_QC[here_Q, place_Q[here_Q]] = LAST_KEY
+    target_Q1 = key_columns(anchors.target_key_Q)[:, None]
+    place_QE = torch.cat([target_Q1, anchors.left_out_QE], dim=1) - first_column
+    here_QE = (place_QE >= 0) & (place_QE < scores_QC.shape[1])
+    keys_QC[here_QE.nonzero()[:, 0], place_QE[here_QE]] = LAST_KEY
     return keys_QC
 
 

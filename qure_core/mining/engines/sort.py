@@ -15,14 +15,15 @@ from qure_core.model.relevance import refuse_bad_scores
 def rank_queries(
     scores_QM: Tensor,
     target_Q: Tensor,
-    reference_Q: Tensor | None = None,
+    left_out_QE: Tensor | None = None,
     image_tokens: Callable[[Tensor], Tensor] | None = None,
 ) -> Ranked:
     """Rank the corpus for every query; equal scores in column order.
 
-    ``target_Q`` are columns; ``reference_Q`` those to leave out, or -1 for none, and kept where
-    they are also the target. Raises `InputError` if a score is not finite, `ValueError` if a query
-    has no image but its target.
+    ``target_Q`` are columns; ``left_out_QE`` those to leave out of each query's ranking (its
+    reference, known positives; one may be [Q]), or -1 for none; the target is kept whatever they
+    say. Raises `InputError` if a score is not finite, `ValueError` if a query has no image but its
+    target.
     """
     queries, images = scores_QM.shape
     refuse_bad_scores(scores_QM)
@@ -32,11 +33,11 @@ def rank_queries(
     keys_QM = pack_keys(scores_QM)
     target_key_Q = keys_QM[rows_Q, target_Q]
     length_Q = torch.full((queries,), images, device=device)
-    if reference_Q is not None:
-        reference_Q = reference_Q.to(device)
-        excluded_Q = (reference_Q >= 0) & (reference_Q != target_Q)
-        length_Q = length_Q - excluded_Q.long()
-        keys_QM[rows_Q[excluded_Q], reference_Q[excluded_Q]] = LAST_KEY
+    if left_out_QE is not None:
+        left_out_QE = left_out_QE.to(device).reshape(queries, -1)
+        there_QE = (left_out_QE >= 0) & (left_out_QE != target_Q[:, None])
+        keys_QM[there_QE.nonzero()[:, 0], left_out_QE[there_QE]] = LAST_KEY
+        length_Q -= (keys_QM == LAST_KEY).sum(dim=1)
     if bool((length_Q < 2).any()):
         bad = torch.nonzero(length_Q < 2).flatten()[:5].tolist()
         raise ValueError(f"queries {bad} have no image to rank but their target")

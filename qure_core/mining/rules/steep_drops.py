@@ -23,9 +23,9 @@ from qure_core.mining.rules.rule import Selection
 STEEP, BELOW_TARGET, CORPUS, SMOOTH = 0, 1, 2, 3
 STATUSES = ("steep", "below_target", "corpus", "smooth")
 """How a query's negatives were found: between two steep drops; all images below the target,
-because no pair of drops qualifies; the whole corpus but target and reference, because no image
-ranks below the target; or all images below the target, because the two drops are no steeper than
-``min_steepness``. With a window, "all images below the target" are those in it."""
+because no pair of drops qualifies; the whole corpus but target and what is left out, because no
+image ranks below the target; or all images below the target, because the two drops are no steeper
+than ``min_steepness``. With a window, "all images below the target" are those in it."""
 
 NEIGHBOURS = 8  # gaps on either side of a drop that tell what is typical at its depth
 _FIRST_LOOK = 32  # drops examined before a full sort; nearly every walk ends among them
@@ -193,9 +193,9 @@ class DropRule:
 class SteepDrops:
     """What the rule finds for Q queries over a corpus of M images.
 
-    Ranks count from 0, the best, in the query's ranking without its excluded reference.
+    Ranks count from 0, the best, in the query's ranking without what is left out.
 
-    keys_QM: the ranking, as sorted keys (`mining.engines.keys`); an excluded reference is last.
+    keys_QM: the ranking, as sorted keys (`mining.engines.keys`); what is left out is last.
     length_Q: images ranked, M or M - 1.
     target_rank_Q: rank of the target.
     start_Q, stop_Q: the negatives are the ranks start <= r < stop; never empty.
@@ -222,7 +222,7 @@ class SteepDrops:
 def steep_drop_negatives(
     scores_QM: Tensor,
     target_Q: Tensor,
-    reference_Q: Tensor | None = None,
+    left_out_QE: Tensor | None = None,
     rule: DropRule | None = None,
 ) -> SteepDrops:
     """Find each query's hard negatives between two steep drops, by `DropRule`.
@@ -230,14 +230,14 @@ def steep_drop_negatives(
     Args:
         scores_QM: relevance scores; equal scores rank in column order.
         target_Q: column of each query's target.
-        reference_Q: column to leave out of each query's ranking, or -1 for none. A column that
+        left_out_QE: columns to leave out of each query's ranking, or -1 for none. A column that
             is also the target is kept.
         rule: where drops are sought and how steep they must be; the released rule if None.
 
     Raises `InputError` if a score is not finite, `ValueError` if a query has no image but its
     target.
     """
-    return (rule or DropRule()).find(rank_queries(scores_QM, target_Q, reference_Q))
+    return (rule or DropRule()).find(rank_queries(scores_QM, target_Q, left_out_QE))
 
 
 def neighbourhood(position: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
