@@ -53,6 +53,15 @@ class DataSettings(_Section):
         "world", description="layout of the data; 'world' is drawn at data.root if it is not there"
     )
     root: str = _free("data/world", description="dataset directory: a path or URI")
+    images: str | None = _free(
+        None,
+        description="images instead of the layout's own folders, by the same names: a directory of "
+        "image files, of Parquet or Arrow shards (image_id, image), or of WebDataset tars; a path "
+        "or URI",
+    )
+    index_dir: str = _free(
+        "image-indexes", description="directory of the indexes of packed images: a path or URI"
+    )
     categories: list[str] | None = Field(
         None,
         description="FashionIQ and JSONL layouts: categories to use (default: all that are there)",
@@ -175,6 +184,10 @@ class ObjectiveSettings(_Section):
 class MiningSettings(_Section):
     rule: str = Field(
         "steep_drops", description="which images are hard negatives: steep_drops, the paper's"
+    )
+    corpus: str | None = _free(
+        None,
+        description="more images to mine among, as data.images: those that no triplet names",
     )
     exclude_reference: bool = Field(
         True, description="drop a query's reference image from its corpus before mining"

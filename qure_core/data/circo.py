@@ -34,7 +34,7 @@ def read_circo(root: str | Files, split: str) -> tuple[Split, list[Problem]]:
         if not check_row(row, {"id": int}, info_file, str(index), problems):
             continue
         gallery.append(str(row["id"]))
-        uri = folder.find(f"{row['id']:012d}")
+        uri = folder.find(f"{row['id']:012d}", str(row["id"]))
         if uri is None:
             problems.append(Problem(info_file, str(index), folder.missing(f"{row['id']:012d}")))
         else:

@@ -32,7 +32,7 @@ def read_cirr(root: str | Files, split: str) -> tuple[Split, list[Problem]]:
             continue
         top, _, rest = relative.partition("/")
         tops.add(top)
-        uri = files.folder(top).find(rest)
+        uri = files.folder(top).find(rest, name)
         if uri is None:
             problems.append(Problem(split_file, name, files.folder(top).missing(rest)))
         else:

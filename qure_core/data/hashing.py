@@ -1,4 +1,4 @@
-"""SHA-256 of image files, read in threads, or on Ray where they are many."""
+"""What tells images apart: stamps without reading them, SHA-256 by threads or on Ray."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import pyarrow as pa
 import ray.data
 
 from qure_core import storage
+from qure_core.base.errors import InputError
+from qure_core.data.images import read_stored
+from qure_core.data.packed import order_of, shard_of
 from qure_core.runtime.progress import Progress
 
 _BATCH = 512
@@ -23,15 +26,24 @@ def _hash(batch: Any) -> Any:
     digests = []
     for uri in batch["uri"]:
         try:
-            digests.append(hashlib.sha256(storage.read_bytes(str(uri))).hexdigest())
-        except OSError:
+            digests.append(hashlib.sha256(read_stored(str(uri))).hexdigest())
+        except (OSError, InputError):
             digests.append("")
     return {"uri": batch["uri"], "sha256": np.asarray(digests)}
 
 
+def image_stamps(images: Iterable[str]) -> dict[str, str]:
+    """`storage.stamps` of images by URI: of one in a shard, the shard's."""
+    uris = set(images)
+    shard_of_uri = {uri: shard for uri in uris if (shard := shard_of(uri)) is not None}
+    stamps = storage.stamps({*shard_of_uri.values(), *(uris - set(shard_of_uri))})
+    found = {uri: stamps[uri] for uri in uris if uri in stamps}
+    return found | {uri: stamps[shard] for uri, shard in shard_of_uri.items() if shard in stamps}
+
+
 def image_digests(images: Iterable[str]) -> dict[str, str]:
     """SHA-256 of every image file by URI, without those that cannot be read."""
-    uris = sorted(set(images))
+    uris = sorted(set(images), key=order_of)
     if not uris:
         return {}
     if len(uris) <= _FEW:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import sys
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -16,6 +17,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from qure_core import storage
 from qure_core.base.config import Pixels
 from qure_core.base.errors import InputError
+from qure_core.data import packed
 from qure_core.data.pixels import upright
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -86,12 +88,19 @@ def load_image(uri: str, max_pixels: int, pixels: Pixels) -> Image.Image:
     return decode(read_image_bytes(uri, max_pixels), uri, max_pixels, pixels)
 
 
+def read_stored(uri: str, limit: int | None = None) -> bytes:
+    """The bytes of an image, or its first ``limit``: of a file of its own or in a shard."""
+    if packed.shard_of(uri) is not None:
+        return packed.read(uri, sys.maxsize if limit is None else limit)
+    return storage.read_bytes(uri, limit)
+
+
 def read_image_bytes(uri: str, max_pixels: int) -> bytes:
     """The bytes of an image file; `InputError` if it is missing, or far larger than its pixels
     could be."""
     limit = BYTES_PER_PIXEL * max_pixels
     try:
-        data = storage.read_bytes(uri, limit + 1)
+        data = read_stored(uri, limit + 1)
     except FileNotFoundError:
         raise InputError(f"{uri}: image file is missing") from None
     if len(data) > limit:

@@ -147,18 +147,16 @@ def read_jsonl(
     root: str | Files,
     split: str,
     categories: Sequence[str] | None = None,
-    images: Images | None = None,
 ) -> tuple[Split, list[Problem]]:
     """Read the rows of one split; faults become problems, not exceptions.
 
-    ``categories`` limits it to some of the rows' categories; ``images`` are other ones than those
-    below ``images/``.
+    ``categories`` limits it to some of the rows' categories.
     """
     files = Files.of(root)
     file = files.uri("triplets.jsonl")
     rows, faults = _read(files)
     problems = list(faults)
-    folder = images or files.folder("images")
+    folder = files.folder("images")
     names = folder.sorted()
     notes = _unread(file, rows, split)
     if categories is not None:

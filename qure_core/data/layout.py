@@ -103,6 +103,11 @@ def plain(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+def without_suffix(name: str) -> str:
+    """A file's name as its image is called: composed, without the suffix of its kind."""
+    return plain(_SUFFIX.sub("", name))
+
+
 _NEAREST_AMONG = 2000  # names that one that is missing is compared with, letter by letter
 _NEIGHBOURS = 32  # in the order of names, on either side
 
@@ -156,6 +161,7 @@ class Images(Names):
         super().__init__(uri_of, f"in {uri}")
         self.uri, self._uri_of = uri, uri_of
         self.problems: list[Problem] = []
+        self.notes: list[str] = []
         self._clashes: dict[str, tuple[str, ...]] = {}
 
     def find(self, *candidates: str) -> str | None:
@@ -180,7 +186,7 @@ class Images(Names):
     def missing(self, name: str) -> str:
         """What to say of an image that is not there: also the name that may have been meant."""
         text = f"image {name!r} is missing in {self.uri}"
-        parts = _SUFFIX.sub("", plain(name).replace("\\", "/")).split("/")
+        parts = without_suffix(name.replace("\\", "/")).split("/")
         for candidate in ("/".join(parts[start:]) for start in range(len(parts))):
             if candidate in self._uri_of:
                 return f"{text}; write {candidate!r}: names begin below it"
@@ -199,7 +205,7 @@ class ImageFolder(Images):
         files: dict[str, list[str]] = {}
         for file in listing.files:
             if not _hidden(file) and _SUFFIX.search(file):
-                files.setdefault(plain(_SUFFIX.sub("", file)), []).append(file)
+                files.setdefault(without_suffix(file), []).append(file)
         super().__init__(uri, {name: storage.join(uri, own[0]) for name, own in files.items()})
         self._clashes = {name: tuple(own) for name, own in files.items() if len(own) > 1}
         self.problems += [
@@ -212,10 +218,13 @@ def _hidden(path: str) -> bool:
 
 
 class Files:
-    """A dataset's directory, of which each part is listed or read once."""
+    """A dataset's directory, of which each part is listed or read once.
 
-    def __init__(self, root: str) -> None:
-        self.root = root
+    ``images``, if given, stand in the place of all its folders of image files.
+    """
+
+    def __init__(self, root: str, images: Images | None = None) -> None:
+        self.root, self.images = root, images
         self._made: dict[str, Any] = {}
 
     @classmethod
@@ -232,7 +241,10 @@ class Files:
         made: _Made = self._made[name]
         return made
 
-    def folder(self, *parts: str) -> ImageFolder:
+    def folder(self, *parts: str) -> Images:
+        """The images below a directory of the dataset."""
+        if self.images is not None:
+            return self.images
         uri = self.uri(*parts)
         return self.once(uri, lambda: ImageFolder(uri, self.root))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 from qure_core import storage
 from qure_core.base.config import DataSettings
@@ -11,7 +12,8 @@ from qure_core.data.circo import read_circo
 from qure_core.data.cirr import read_cirr
 from qure_core.data.fashioniq import find_categories, read_fashioniq
 from qure_core.data.jsonl import has_rows, read_jsonl
-from qure_core.data.layout import Files
+from qure_core.data.layout import Files, Images
+from qure_core.data.packed_index import image_source
 from qure_core.data.positives import rows_said
 from qure_core.data.schema import Split
 
@@ -21,7 +23,16 @@ class Dataset:
 
     def __init__(self, data: DataSettings) -> None:
         self.data = data
-        self._files = Files(data.root)
+
+    @cached_property
+    def _files(self) -> Files:
+        data = self.data
+        if data.images is None:
+            return Files(data.root)
+        images = image_source(data.images, data.index_dir, "data.images")
+        for note in images.notes:
+            print(f"[data] {note}", flush=True)
+        return Files(data.root, images)
 
     def read(self, split: str) -> tuple[Split, list[Problem]]:
         """``split`` with everything that is wrong with it, and notes of what is only odd."""
@@ -46,9 +57,9 @@ class Dataset:
         """Whether there are rows of ``split`` at all."""
         data = self.data
         if data.format == "cirr":
-            return storage.exists(self._files.uri("cirr", "captions", f"cap.rc2.{split}.json"))
+            return storage.exists(storage.join(data.root, "cirr/captions", f"cap.rc2.{split}.json"))
         if data.format == "circo":
-            return storage.exists(self._files.uri("annotations", f"{split}.json"))
+            return storage.exists(storage.join(data.root, "annotations", f"{split}.json"))
         if data.format == "jsonl":
             return has_rows(self._files, split, data.categories)
         return bool(find_categories(data.root, split))
@@ -90,6 +101,31 @@ def mining_galleries(data: DataSettings, split: Split) -> dict[str, tuple[str, .
         if triplet.target_id is not None:
             targets[triplet.category].add(triplet.target_id)
     return {category: tuple(sorted(ids)) for category, ids in targets.items()}
+
+
+def with_more_images(
+    split: Split, corpora: dict[str, tuple[str, ...]], more: Images
+) -> tuple[Split, dict[str, tuple[str, ...]]]:
+    """``split`` and its mining ``corpora`` with more images, that no triplet names.
+
+    A category gets its own of them where they have categories (a folder or a column), else all.
+    Raises `InputError` if one has the id of an image that is there.
+    """
+    raise_problems(more.problems, f"mining.corpus: {more.uri}")
+    names = more.sorted()
+    if not names:
+        raise InputError(f"mining.corpus: there are no images in {more.uri}")
+    if double := [name for name in names if name in split.images]:
+        raise InputError(
+            f"mining.corpus: {len(double):,} of its images have the ids of images of the data, "
+            f"first {double[0]!r}; name them otherwise, or leave out what is there already"
+        )
+    own = {category: more.of_category(category) for category in corpora}
+    whole = own if any(own.values()) else dict.fromkeys(corpora, names)
+    images = split.images | {name: uri for name in names if (uri := more.find(name))}
+    return replace(split, images=images), {
+        category: tuple(sorted({*ids, *whole[category]})) for category, ids in corpora.items()
+    }
 
 
 def load_descriptions(data: DataSettings, split: Split) -> dict[str, str]:

@@ -31,9 +31,10 @@ from ray.data import ActorPoolStrategy
 from qure_core import storage
 from qure_core.base.config import ClusterSettings, Pixels, Settings
 from qure_core.base.errors import InputError, bad_input_of_workers
-from qure_core.data.hashing import image_digests
+from qure_core.data.hashing import image_digests, image_stamps
 from qure_core.data.images import decode, preprocess_to_bytes, read_image_bytes
 from qure_core.data.loader import pixel_values
+from qure_core.data.packed import order_of, shard_of
 from qure_core.features.identity import FeatureKey
 from qure_core.features.store import FEATURES_KIND, INDEX_SCHEMA
 from qure_core.runtime.progress import Progress
@@ -87,12 +88,12 @@ def build_store(
             storage.begin(uri, FEATURES_KIND)
         index, manifest = _committed(uri)
         index, manifest = _recovered(uri, index, manifest)
-        stamps = storage.stamps(images.values())
+        stamps = image_stamps(images.values())
         index = _refreshed(index, images, stamps)
         held = set(index["uri"].to_pylist())
         wanted = [
             {"image_id": name, "uri": image, "stamp": stamps[image]}
-            for name, image in sorted(images.items())
+            for name, image in sorted(images.items(), key=_reading_order)
             if image in stamps and image not in held
         ]
         missing = dict(absent or {}) | {
@@ -105,6 +106,12 @@ def build_store(
         records = _encode(settings, plan, source, key, uri, pieces)
         lease.check()
         return _commit(uri, key, index, manifest, records, missing, time.monotonic() - started)
+
+
+def _reading_order(item: tuple[str, str]) -> tuple[str, int, int, str]:
+    """Images in shards as they lie there, others by id."""
+    name, image = item
+    return (*order_of(image), name) if shard_of(image) else ("", 0, 0, name)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
-from qure_core.data.hashing import image_digests
+from qure_core.data.hashing import image_digests, image_stamps
 from qure_core.embeddings.feature_building import EncoderSource, build_store
 from qure_core.features.identity import feature_key
 from qure_core.features.store import FeatureStore
@@ -56,7 +56,7 @@ def _check(uri: str, images: dict[str, str]) -> tuple[str | None, bool]:
         first = quarantined[named[0]]["fault"] if named else lacking[0]
         count = f"{len(lacking):,} of {len(held) + len(lacking):,} images"
         return f"it lacks {count}, first {first}", False
-    stamps = storage.stamps(held)
+    stamps = image_stamps(held)
     if missing := sorted(set(held) - set(stamps)):
         return f"{len(missing):,} image file(s) are missing, first {missing[0]}", False
     touched = [image for image, row in held.items() if stamps[image] != row["stamp"]]

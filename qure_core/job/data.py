@@ -11,14 +11,15 @@ from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
 from qure_core.data import Split, load_split, mining_galleries, read_split, write_split
-from qure_core.data.hashing import image_digests
+from qure_core.data.hashing import image_digests, image_stamps
+from qure_core.data.packed_index import image_source
 from qure_core.data.positives import (
     twins_said,
     with_known_positives,
     without_known_positives,
 )
 from qure_core.data.schema import holds, is_older_split
-from qure_core.data.sources import Dataset, load_descriptions
+from qure_core.data.sources import Dataset, load_descriptions, with_more_images
 from qure_core.data.world import make_world
 from qure_core.evaluation.stage import evaluation_job
 from qure_core.job.resume import forget_first_weights, has_learned
@@ -58,6 +59,28 @@ def _keep(uri: str, split: Split) -> None:
         write_split(uri, split)
 
 
+def _mined_among(settings: Settings, train: Split) -> tuple[Split, dict[str, tuple[str, ...]]]:
+    """The training split with all images that are mined among, and those by category."""
+    corpora = mining_galleries(settings.data, train)
+    if settings.mining.corpus is None:
+        return train, corpora
+    more = image_source(settings.mining.corpus, settings.data.index_dir, "mining.corpus")
+    return with_more_images(train, corpora, more)
+
+
+def _keep_corpora(
+    settings: Settings, uri: str, corpora: dict[str, tuple[str, ...]], learned: bool
+) -> None:
+    """Note what is mined among, or check that it is what the run began with."""
+    plain = {category: list(ids) for category, ids in corpora.items()}
+    if learned and storage.exists(uri) and storage.read_json(uri) != plain:
+        raise InputError(
+            f"mining.corpus: the images of {settings.mining.corpus or settings.data.root} are not "
+            f"those that this run began with ({uri}); choose another --run.dir, or restore them"
+        )
+    storage.write_json(uri, plain)
+
+
 def _known(settings: Settings, split: Split, digest_of: Mapping[str, str]) -> Split:
     """``split`` with all that is known to answer its queries, or with targets alone."""
     if not settings.mining.exclude_known_positives:
@@ -82,8 +105,8 @@ def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tup
 
     train = checked("train")
     val = checked("val") if dataset.has("val") else None
-    corpora = mining_galleries(data, train)
-    storage.write_json(storage.join(folder, "corpora.json"), corpora)
+    train, corpora = _mined_among(settings, train)
+    _keep_corpora(settings, storage.join(folder, "corpora.json"), corpora, learned)
     captions, described = storage.join(folder, "captions.json"), load_descriptions(data, train)
     if not storage.exists(captions) or not learned:  # a run keeps those that it began with
         if storage.exists(captions) and storage.read_json(captions) != described:
@@ -123,8 +146,7 @@ def mining_data(settings: Settings) -> tuple[Split, dict[str, tuple[str, ...]]]:
 
     Contents are those that the run remembers, or read where it does not.
     """
-    split = load_split(settings.data, "train")
-    corpora = mining_galleries(settings.data, split)
+    split, corpora = _mined_among(settings, load_split(settings.data, "train"))
     if settings.mining.exclude_known_positives:
         uri = storage.join(settings.run.dir, "data", "contents.parquet")
         known, asked, _ = _contents(uri, training_images(split, corpora))
@@ -164,7 +186,7 @@ def _contents(
     known: dict[str, dict[str, str]] = {}
     if storage.exists(uri):
         known = {row["image_id"]: row for row in read_parquet(uri).to_pylist()}
-    stamps = storage.stamps(images.values())
+    stamps = image_stamps(images.values())
     asked = {
         name: image
         for name, image in images.items()

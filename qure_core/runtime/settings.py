@@ -155,5 +155,10 @@ def load_settings(
         )
     settings.run.dir = storage.resolve(settings.run.dir)
     settings.data.root = storage.resolve(settings.data.root)
+    settings.data.index_dir = storage.resolve(settings.data.index_dir)
+    if settings.data.images is not None:
+        settings.data.images = storage.resolve(settings.data.images)
+    if settings.mining.corpus is not None:
+        settings.mining.corpus = storage.resolve(settings.mining.corpus)
     settings.feature_store.dir = storage.resolve(settings.feature_store.dir)
     return settings, namespace

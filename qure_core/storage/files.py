@@ -155,6 +155,12 @@ def read_bytes(uri: str, limit: int | None = None) -> bytes:
     return bytes(fs.cat_file(path))
 
 
+def read_range(uri: str, first: int, size: int) -> bytes:
+    """``size`` bytes of a file from byte ``first``, fewer if it ends before."""
+    fs, path = filesystem(uri)
+    return bytes(fs.cat_file(path, start=first, end=first + size)) if size else b""
+
+
 def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -124,13 +123,11 @@ def _dangles(triplet: Triplet) -> bool:
     return triplet.text.startswith(" and ") or triplet.text.endswith(" and ")
 
 
-@pytest.mark.skipif("QURE_ANNOTATIONS" not in os.environ, reason="needs QURE_ANNOTATIONS")
-def test_the_real_annotations_and_what_is_odd_in_them() -> None:
+def test_the_real_annotations_and_what_is_odd_in_them(annotations: Path) -> None:
     """FashionIQ and CIRR as published: blank captions, several targets, soft targets."""
-    root = os.environ["QURE_ANNOTATIONS"]
     blank = {"train": {"dress": 1, "toptee": 12}, "val": {"shirt": 1, "toptee": 2}}
     for split_name in ("train", "val"):
-        split, problems = read_fashioniq(f"{root}/fashioniq", split_name, texts="tidy")
+        split, problems = read_fashioniq(f"{annotations}/fashioniq", split_name, texts="tidy")
         assert {p.message.split("'")[0] for p in problems} == {"image "}  # there are no images
         assert [note for note in split.notes if "blank" in note] == [
             f"cap.{category}.{split_name}.json: {count} row(s) with a blank caption; the other is "
@@ -138,7 +135,7 @@ def test_the_real_annotations_and_what_is_odd_in_them() -> None:
             for category, count in blank[split_name].items()
         ]
         assert not any(map(_dangles, split.triplets))
-        released, _ = read_fashioniq(f"{root}/fashioniq", split_name, texts="released")
+        released, _ = read_fashioniq(f"{annotations}/fashioniq", split_name, texts="released")
         dangling = Counter(t.category for t in released.triplets if _dangles(t))
         assert dangling == blank[split_name]
         if split_name == "train":
@@ -146,7 +143,7 @@ def test_the_real_annotations_and_what_is_odd_in_them() -> None:
             assert several == "89 queries of 'train' (189 rows) have two or more targets"
             known = with_known_positives(released, {})
             assert sum(bool(t.positive_ids) for t in known.triplets) == 189
-    cirr, _ = read_cirr(f"{root}/cirr", "val")
+    cirr, _ = read_cirr(f"{annotations}/cirr", "val")
     assert sum(len(t.positive_ids) for t in cirr.triplets) == 77
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import random
 import subprocess
 import sys
 import time
@@ -13,19 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import torch
 from benchmarks.synthetic import make_split, write_embeddings
 from conftest import ROOT
 
 from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.data.schema import Split
-from qure_core.mining import read_mined_set
+from qure_core.embeddings.shards import EmbeddingShards
+from qure_core.mining import read_mined_set, steep_drop_negatives
 from qure_core.mining.describe import round_table
 from qure_core.mining.stage import hold_round, mine_round, mining_job
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND
+from qure_core.model.relevance import relevance_scores
 from qure_core.runtime.resources import plan_resources
 
 SPLIT = make_split(queries=600, images=3000)
@@ -113,6 +118,55 @@ def test_whole_sets_are_the_same_too(tmp_path: Path, local_ray: str) -> None:
     assert rows(tmp_path / "streaming") == rows(tmp_path / "sort")
     statuses = {row["status"] for row in rows(tmp_path / "sort")}
     assert {"steep", "smooth"} <= statuses
+
+
+def with_positives(split: Split, seed: int) -> Split:
+    """Some queries with known answers besides the target, of which one is not in the corpus."""
+    rng = random.Random(seed)
+    ids = split.galleries["all"]
+    triplets = tuple(
+        dataclasses.replace(t, positive_ids=(*rng.sample(ids, rng.randint(0, 40)), "elsewhere"))
+        if rng.random() < 0.5
+        else t
+        for t in split.triplets
+    )
+    return dataclasses.replace(split, triplets=triplets)
+
+
+def test_known_positives_are_as_if_they_were_not_there(tmp_path: Path, local_ray: str) -> None:
+    split = with_positives(SPLIT, 1)
+    for engine in ("sort", "streaming"):
+        manifest = mine(tmp_path / engine, split, engine=engine)
+    found = rows(tmp_path / "sort")
+    assert rows(tmp_path / "streaming") == found
+    known = {t.query_id: set(t.positive_ids) - {"elsewhere"} for t in split.triplets}
+    # By definition: every query by itself, over a corpus without what is left out.
+    prepare(tmp_path / "sort", split, engine="sort")
+    embeddings = EmbeddingShards.open(str(tmp_path / "sort/round-embeddings"))
+    parts = [embeddings.images(number) for number in range(embeddings.shards)]
+    images_MTD = torch.from_numpy(np.concatenate([values for _, values in parts]))
+    queries = [embeddings.queries(number) for number in range(embeddings.shards)]
+    query_of = {n: v for names, values in queries for n, v in zip(names, values, strict=True)}
+    ids = np.asarray(split.galleries["all"])
+    triplets = {t.query_id: t for t in split.triplets}
+    for row in found[::23]:
+        triplet = triplets[row["query_id"]]
+        left_out = known[triplet.query_id] | {triplet.reference_id}
+        kept = np.asarray([n == triplet.target_id or n not in left_out for n in ids])
+        query_1D = torch.from_numpy(query_of[triplet.query_id][None])
+        scores_1M = relevance_scores(query_1D, images_MTD[torch.from_numpy(kept)])
+        target = int(np.flatnonzero(ids[kept] == triplet.target_id)[0])
+        drops = steep_drop_negatives(scores_1M, torch.tensor([target]))
+        assert row["negative_ids"] == ids[kept][drops.negatives(0).numpy()].tolist()
+        assert row["known_positives"] == len(known[triplet.query_id])
+    assert manifest["statistics"]["known_positives"] == {
+        "queries": sum(bool(names) for names in known.values()),
+        "images": sum(map(len, known.values())),
+    }
+    assert "known answers left out" in round_table(manifest)
+    plain = mine(tmp_path / "plain", SPLIT)
+    assert plain["settings"]["known_positives"] != manifest["settings"]["known_positives"]
+    assert "known answers left out" not in round_table(plain)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -235,7 +235,7 @@ def test_manifest_commits_the_round(
         == len(data[0].triplets)
         == sum(manifest["statistics"]["statuses"].values())
     )
-    assert manifest["schema_version"] == 3
+    assert manifest["schema_version"] == 4
     assert manifest["rule"]["name"] == "steep_drops"
     assert manifest["settings"]["exclude_reference"] is True
     assert manifest["peak_task_memory_mb"] > 0

@@ -1,0 +1,133 @@
+"""The index of packed images: which shard holds which image, and where.
+
+Listing shards reads their ids (of a tar, all of it), so it is done once, on Ray, a task a shard,
+and kept below ``data.index_dir``; later only shards whose size or times differ are listed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from qure_core import storage
+from qure_core.base.errors import InputError, Problem, bad_input_of_workers
+from qure_core.data.layout import ImageFolder, Images
+from qure_core.data.packed import ENTRIES, SHARD_SUFFIXES, entries, located
+from qure_core.runtime.progress import Progress
+from qure_core.runtime.resources import connect
+from qure_core.storage.parquet import parquet_bytes, read_committed_parquet
+
+INDEX_KIND = storage.Kind("index of packed images", r"index\.parquet")
+_INDEX = pa.schema([*ENTRIES, ("shard", pa.string())])
+_SHOWN = 20  # problems of one kind
+
+
+class PackedImages(Images):
+    """The images of some shards by id; ids are unique, or each double one is a problem."""
+
+    def __init__(self, uri: str, index: pa.Table, skipped: int) -> None:
+        index = index.sort_by([("image_id", "ascending")])
+        names = index["image_id"].to_pylist()
+        places = [index[column].to_pylist() for column in ("shard", "first", "second")]
+        super().__init__(uri, dict(zip(names, map(located, *places), strict=True)))
+        self.notes = []
+        if skipped:
+            self.notes.append(
+                f"{uri}: {skipped:,} file(s) with a dot in their sample's name are not taken: "
+                "WebDataset ends a name at its first dot"
+            )
+        self._categories = index["category"].combine_chunks()
+        self._ids = index["image_id"].combine_chunks()
+        if len(names) > len(self):
+            counts = pc.value_counts(self._ids)
+            double = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+            text = f"{len(double):,} image id(s) stand several times, first {double[0].as_py()!r}"
+            self.problems.append(Problem(uri, "", f"{text}; give each image its own"))
+
+    def of_category(self, category: str) -> list[str]:
+        """The images that a column of the shards gives a category, or below a folder's name."""
+        chosen = self._ids.filter(pc.equal(self._categories, category)).to_pylist()
+        return chosen or super().of_category(category)
+
+
+def image_source(uri: str, index_dir: str, setting: str) -> Images:
+    """The images at ``uri``: a folder of image files, or shards (a folder of them, or one)."""
+    single = uri.endswith(SHARD_SUFFIXES)
+    if not storage.exists(uri):
+        raise InputError(f"{setting}: {uri} does not exist")
+    files = [uri] if single else [storage.join(uri, f) for f in storage.find_files(uri, uri).files]
+    shards = [file for file in files if file.endswith(SHARD_SUFFIXES)]
+    if zipped := [file for file in files if file.endswith((".tar.gz", ".tgz", ".tar.zst"))]:
+        raise InputError(
+            f"{setting}: {zipped[0]} is compressed, so single images cannot be read from it; "
+            "unpack it to a plain .tar"
+        )
+    if not shards:
+        return ImageFolder(uri)
+    index, skipped = _index(uri, sorted(shards), index_dir)
+    return PackedImages(uri, index, skipped)
+
+
+def _index(uri: str, shards: list[str], index_dir: str) -> tuple[pa.Table, int]:
+    """The rows of all ``shards``, of those alone listed now that are new or have changed."""
+    place = storage.join(index_dir, hashlib.sha256(uri.encode()).hexdigest()[:16])
+    storage.check_place(place, INDEX_KIND, "data.index_dir")
+    stamps = storage.stamps(shards)
+    index, known = _INDEX.empty_table(), {}
+    skipped_of: dict[str, int] = {}
+    if storage.is_committed(place):
+        manifest = storage.read_manifest(place, INDEX_KIND)
+        known = {s: stamp for s, stamp in manifest["stamps"].items() if stamps.get(s) == stamp}
+        skipped_of = {shard: manifest["skipped"].get(shard, 0) for shard in known}
+        if known:
+            index = read_committed_parquet(place, "index.parquet", manifest)
+            index = index.filter(pc.is_in(index["shard"], pa.array(list(known), pa.string())))
+    if asked := [shard for shard in shards if shard not in known]:
+        parts = [index]
+        for shard, part, skipped in _listed(asked):
+            parts.append(part)
+            skipped_of[shard] = skipped
+        index = pa.concat_tables(parts).combine_chunks()
+        with storage.committed_directory(place, INDEX_KIND) as (directory, description):
+            (directory / "index.parquet").write_bytes(parquet_bytes(index))
+            description |= {"source": uri, "stamps": stamps, "skipped": skipped_of}
+    return index, sum(skipped_of.values())
+
+
+def _listed(shards: list[str]) -> Iterator[tuple[str, pa.Table, int]]:
+    """Each shard's rows, listed in tasks."""
+    if not shards:
+        return
+    connect()  # reading the data may be the first thing that needs Ray
+    tasks = ray.data.from_arrow([pa.table({"shard": [shard]}) for shard in shards])
+    listed = tasks.map_batches(_list_shard, batch_size=None, batch_format="pyarrow")
+    progress = Progress("index", len(shards), "shards")
+    with bad_input_of_workers():
+        for row in listed.iter_rows():
+            part: pa.Table = pa.ipc.open_stream(row["rows"]).read_all()
+            progress.advance(1)
+            yield row["shard"], part, row["skipped"]
+
+
+def _list_shard(table: pa.Table) -> pa.Table:
+    """Task: list the shards of a block."""
+    rows: list[dict[str, Any]] = []
+    for shard in table["shard"].to_pylist():
+        parts, skipped = [], 0
+        for part in entries(shard):
+            skipped += int((part.schema.metadata or {}).get(b"skipped", b"0"))
+            own = pa.array([shard] * part.num_rows, pa.string())
+            parts.append(part.replace_schema_metadata().append_column("shard", own))
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, _INDEX) as writer:
+            writer.write_table(pa.concat_tables([_INDEX.empty_table(), *parts]))
+        rows.append({"shard": shard, "rows": sink.getvalue().to_pybytes(), "skipped": skipped})
+    schema = pa.schema(
+        [("shard", pa.string()), ("rows", pa.large_binary()), ("skipped", pa.int64())]
+    )
+    return pa.Table.from_pylist(rows, schema)
