@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -86,6 +87,23 @@ def has_split(data: DataSettings, split: str) -> bool:
 def load_split(data: DataSettings, split: str) -> Split:
     """`Dataset.load` of one split."""
     return Dataset(data).load(split)
+
+
+def all_images(splits: Sequence[Split]) -> tuple[dict[str, str], dict[str, str]]:
+    """URIs of the images of several splits, and the category of each that is of one alone."""
+    images: dict[str, str] = {}
+    categories: dict[str, set[str]] = {}
+    for split in splits:
+        for image, uri in split.images.items():
+            if images.setdefault(image, uri) != uri:
+                raise InputError(
+                    f"image {image!r} of the {split.name} split is {uri}, of another one "
+                    f"{images[image]}; take one split at a time"
+                )
+        for category, ids in split.galleries.items():
+            for image in ids:
+                categories.setdefault(image, set()).add(category)
+    return images, {image: min(own) for image, own in categories.items() if len(own) == 1}
 
 
 def mining_galleries(data: DataSettings, split: Split) -> dict[str, tuple[str, ...]]:
