@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qure_core.base.errors import InputError
 from qure_core.model.configuration import QuReConfig
 from qure_core.model.modeling import QuReModel, check_finite
 
+BERT_WORDS = 30_522  # without [DEC], which BLIP-2 appends
 # In LAVIS files but not in this model: the matching and captioning heads, and a buffer of indices.
 _UNUSED = re.compile(r"itm_head\..*|Qformer\.cls\..*|Qformer\.bert\.embeddings\.position_ids")
 
@@ -159,10 +162,57 @@ def convert_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
     return converted, unknown
 
 
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "model_state")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What training tools put before every name: DDP, torch.compile, Lightning."""
+
+
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a LAVIS file, unwrapped from ``model`` if need be; never runs its pickle."""
+    """The tensors of a LAVIS-named file, unwrapped if need be, which is said; of a safetensors
+    file, or of a PyTorch file, whose pickle is never run."""
+    value = _unwrapped(_read_file(path), str(path))
+    if value is None or not value:
+        raise InputError(f"{path}: not a state dict of tensors")
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in value)), None):
+        value = {name.removeprefix(prefix): tensor for name, tensor in value.items()}
+        print(f"[weights] {path}: {prefix!r} before every name is left out", flush=True)
+    kinds = {t.dtype for t in value.values() if t.is_floating_point()} - {torch.float32}
+    if kinds:
+        names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        print(f"[weights] {path}: values of {names} are taken as float32", flush=True)
+    return value
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
+
+
+def _unwrapped(value: Any, path: str) -> dict[str, Tensor] | None:
+    """The tensors in what training tools save around them; None if there are none, or several."""
+    if not isinstance(value, dict) or _is_state(value):
+        return value if isinstance(value, dict) else None
+    inner = [name for name in _WRAPPERS if isinstance(value.get(name), dict)]
+    if not inner:
+        inner = [name for name, part in value.items() if _is_state(part) and part]
+        if len(inner) > 1:
+            return None
+    found = _unwrapped(value[inner[0]], path) if inner else None
+    if found is not None:
+        beside = ", ".join(sorted(map(str, set(value) - {inner[0]}))[:5])
+        left = f" (not read: {beside})" if beside else ""
+        print(f"[weights] {path}: taken from its entry {inner[0]!r}{left}", flush=True)
+    return found
+
+
+def _read_file(path: str | Path) -> Any:
     try:
-        value: Any = torch.load(path, map_location="cpu", weights_only=True)
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
@@ -174,11 +224,22 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable PyTorch file ({first})") from None
-    if isinstance(value, dict) and isinstance(value.get("model"), dict):
-        value = value["model"]
-    if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
-        raise InputError(f"{path}: not a state dict of tensors")
-    return value
+
+
+_WORDS = "Qformer.bert.embeddings.word_embeddings.weight"
+
+
+def with_decoder_word(words_VD: Tensor, source: str) -> Tensor:
+    """BERT's 30,522 word vectors with one of zeros for [DEC], which QuRe never uses; others as
+    they are."""
+    if len(words_VD) != BERT_WORDS:
+        return words_VD
+    print(
+        f"[weights] {source}: has vectors of BERT's {BERT_WORDS:,} words; one for [DEC], which is "
+        "never used, is added",
+        flush=True,
+    )
+    return torch.cat([words_VD, words_VD.new_zeros(1, words_VD.shape[1])])
 
 
 _HEADS = {768: 12, 1024: 16, 1408: 16}
@@ -262,6 +323,8 @@ def load_lavis_checkpoint(
     damaged, foreign, incomplete, or would run code when unpickled.
     """
     state = read_state(path)
+    if _WORDS in state:
+        state[_WORDS] = with_decoder_word(state[_WORDS], str(path))
     converted, unknown = convert_state(state)
     if unknown:
         raise InputError(

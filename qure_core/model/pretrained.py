@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.model.checkpoint_files import OPTIMIZER_FILE
 from qure_core.model.configuration import QuReConfig, preset
-from qure_core.model.lavis import load_converted
+from qure_core.model.lavis import load_converted, with_decoder_word
 from qure_core.model.modeling import QuReModel, check_finite
 from qure_core.model.processing import QuReProcessor, with_decoder_token
 
@@ -118,6 +119,11 @@ def _load_model(
         ours = _is_ours(directory)
         found = "qure" if ours else AutoConfig.from_pretrained(directory).model_type
     except (OSError, ValueError) as error:
+        if Path(directory).is_file():
+            raise InputError(
+                f"model.pretrained: {source} is one file of weights; make a directory of it with "
+                f"python -m qure_core.model.convert {source} TARGET, and give that"
+            ) from None
         raise InputError(
             f"model.pretrained: cannot load {source!r} ({first_line(error)}); give a directory "
             "or its URI, or a hub id on a machine that reaches the hub"
@@ -216,22 +222,60 @@ def fill_qformer(model: QuReModel, source: str) -> None:
     load_converted(model, kept | theirs, source)
 
 
+# Of a Hugging Face BLIP-2, what has no part in a query's or an image's embedding: the matching
+# head, and what some versions of the library add.
+_HF_UNUSED = re.compile(r"itm_head\..*|logit_scale|logit_bias|(.*\.)?position_ids")
+_HF_WORDS = "text_embeddings.word_embeddings.weight"
+
+
 def _convert_hf(donor: Any, source: str) -> dict[str, Tensor]:
     """A `Blip2ForImageTextRetrieval`'s tensors under our names."""
     converted: dict[str, Tensor] = {}
+    unknown = []
     for name, value in donor.state_dict().items():
+        if _HF_UNUSED.fullmatch(name):
+            continue
         for prefix, ours in _HF_PREFIXES.items():
             if name.startswith(prefix):
                 converted[ours + name.removeprefix(prefix)] = value
                 break
         else:
-            if not name.startswith("itm_head."):
-                raise InputError(f"{source}: unknown parameter {name!r}")
+            unknown.append(name)
+    if unknown:
+        raise InputError(
+            f"{source}: {len(unknown)} parameter(s) are not of a BLIP-2 image-text-retrieval model "
+            f"as it is known here: {', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}"
+        )
+    converted[_HF_WORDS] = with_decoder_word(converted[_HF_WORDS], source)
     return converted
 
 
+def _load_hf_blip2(directory: str, source: str) -> Any:
+    """A Hugging Face BLIP-2 with all of its weights from ``directory``; what is left unread of them
+    is said, and what they lack is refused: it would be drawn at random."""
+    loaded: Any = Blip2ForImageTextRetrieval.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    donor, info = loaded
+    missing = sorted(n for n in map(str, info["missing_keys"]) if not _HF_UNUSED.fullmatch(n))
+    if missing:
+        raise InputError(
+            f"{source}: lacks {len(missing)} parameter(s) of a BLIP-2 image-text-retrieval model, "
+            f"first {', '.join(missing[:5])}; take a whole one"
+        )
+    unread = sorted(n for n in map(str, info["unexpected_keys"]) if not _HF_UNUSED.fullmatch(n))
+    if unread:
+        print(
+            f"[weights] {source}: {len(unread)} parameter(s) are not read, first "
+            f"{', '.join(unread[:5])}",
+            flush=True,
+        )
+    return donor
+
+
 def _from_hf_blip2(directory: str, source: str, dropout: float | None) -> QuReModel:
-    donor = Blip2ForImageTextRetrieval.from_pretrained(directory, dtype=torch.float32)
+    donor = _load_hf_blip2(directory, source)
+    converted = _convert_hf(donor, source)
     theirs = donor.config
     config = QuReConfig(
         vision_type="eva",
@@ -266,7 +310,8 @@ def _from_hf_blip2(directory: str, source: str, dropout: float | None) -> QuReMo
         query_tokens=theirs.num_query_tokens,
         embed_dim=theirs.image_text_hidden_size,
     )
+    config.qformer["vocab_size"] = len(converted[_HF_WORDS])
     _set_dropout(config, dropout)
     model = QuReModel(config)
-    load_converted(model, _convert_hf(donor, source), source)
+    load_converted(model, converted, source)
     return model
