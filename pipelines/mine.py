@@ -3,6 +3,7 @@
     python pipelines/mine.py --config CONFIG --checkpoint RUN/checkpoints/train-0009
     python pipelines/mine.py --config CONFIG --run.dir RUN --if-newer      # for a scheduler
     python pipelines/mine.py inspect RUN/rounds/epoch-0009 [--query ID]
+    python pipelines/mine.py export RUN/rounds/epoch-0009 --format tevatron --output DIR
 
 The mined set goes to ``--output``; by default, to the round of the checkpoint's epoch in
 ``run.dir``. Exit status: 0 done, or nothing to do; 2 bad input; 75 another process is mining there.
@@ -119,8 +120,39 @@ def inspect() -> None:
         print(f"curve: {picture}", flush=True)
 
 
+def export() -> None:
+    from qure_core.data.schema import read_split
+    from qure_core.mining.export import FORMATS, export_round
+
+    parser = argparse.ArgumentParser(
+        prog="pipelines/mine.py export", description="Write a mining round for other programs."
+    )
+    parser.add_argument("round", help="a mined set's directory: a path or URI")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="of which program")
+    parser.add_argument("--output", required=True, help="directory to write: a path or URI")
+    parser.add_argument(
+        "--negatives", type=int, default=10, help="of each query, the best-scored (%(default)s)"
+    )
+    parser.add_argument(
+        "--split", help="the training split it was mined for (default: its run's data/train)"
+    )
+    chosen = parser.parse_args(sys.argv[2:])
+    if chosen.negatives < 1:
+        raise InputError(f"--negatives: {chosen.negatives} is less than 1")
+    uri = storage.resolve(chosen.round).rstrip("/")
+    run = uri.rsplit("/", 2)[0]
+    split = storage.resolve(chosen.split) if chosen.split else storage.join(run, "data", "train")
+    output = storage.resolve(chosen.output).rstrip("/")
+    counts = export_round(uri, read_split(split), output, chosen.format, chosen.negatives)
+    print(f"exported {counts['queries']:,} queries as {chosen.format}: {output}")
+    if counts["short"]:
+        print(f"{counts['short']:,} queries with fewer than {chosen.negatives} negatives left out")
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["inspect"]:
         run_main(inspect)
+    elif sys.argv[1:2] == ["export"]:
+        run_main(export)
     else:
         run_job("mine", read, mine)
