@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -112,10 +118,23 @@ def load_model(
         return _load_model(directory, source, tokenizer, dropout)
 
 
+def _of_the_hub(name: str) -> str:
+    """A local copy of a model of ours on the hub; ``name`` itself of anything else."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return name
+    try:
+        if not _is_ours(str(Path(hf_hub_download(name, "config.json")).parent)):
+            return name
+        return snapshot_download(name, ignore_patterns=[OPTIMIZER_FILE])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        return name  # what it is not is said when it is read
+
+
 def _load_model(
     directory: str, source: str, tokenizer: str | None, dropout: float | None
 ) -> tuple[QuReModel, QuReProcessor]:
     try:
+        directory = _of_the_hub(directory)
         ours = _is_ours(directory)
         found = "qure" if ours else AutoConfig.from_pretrained(directory).model_type
     except (OSError, ValueError) as error:

@@ -350,8 +350,8 @@ def walk(home: Path) -> list[str]:
         ({"relevant": []}, "[line 4]: relevant is empty"),
         ({"relevant": ["zz"]}, "[line 5]: relevant names 1 unknown image(s), first 'zz'"),
         ({"split": None}, "[line 6]: 'split' is a NoneType: None"),
-        ({"reference": "p00.png"}, "write 'p00': names have no suffix"),
-        ({"target": "images/p01"}, "write 'p01': names have no suffix and begin below it"),
+        ({"category": None}, "[line 7]: 'category' is a NoneType: None"),
+        ({"target": "images/p01"}, "write 'p01': names begin below it"),
     ]
 
     def wrong(rows: list[Any]) -> list[Any]:
@@ -359,7 +359,9 @@ def walk(home: Path) -> list[str]:
 
     def odd(rows: list[Any]) -> list[Any]:
         first = "\ufeff" + json.dumps(rows[0] | {"text": "one\u2028two\u0085"}, ensure_ascii=False)
-        return [first, rows[1] | {"split": "Train"}, rows[2] | {"split": "valid"}, *rows[3:]]
+        suffix = rows[3] | {"reference": f"{rows[3]['reference']}.png"}
+        some = [rows[1] | {"split": "Train"}, rows[2] | {"split": "valid"}, suffix]
+        return [first, *some, *rows[4:]]
 
     root = change(home, "wrong", wrong)
     texts = tuple(text for _, text in bad)
