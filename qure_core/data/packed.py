@@ -31,6 +31,8 @@ SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")
 _LOCATED = re.compile(r"(.*\.(?:parquet|arrow))#(\d+)\.(\d+)|(.*\.tar)#(\d+)\+(\d+)", re.DOTALL)
 _GROUPS = 8  # row groups kept by a process
 _SHARDS = 64  # files kept open
+_TAR_AHEAD = 2**20  # bytes read at a time of a tar whose images are read in order
+_TAR_GAP = 2**16
 _READ_AHEAD = 8 * 2**20  # bytes asked for at a time where a tar is read through
 
 Entry = dict[str, Any]
@@ -73,7 +75,7 @@ def read(uri: str, limit: int) -> bytes:
     assert match is not None, uri
     if match[4]:
         first, size = int(match[5]), min(int(match[6]), limit)
-        return storage.read_range(match[4], first, size)
+        return _tar(match[4]).read(first, size)
     shard, group, row = match[1], int(match[2]), int(match[3])
     try:
         value = _images_of(shard, group)[row]
@@ -82,6 +84,30 @@ def read(uri: str, limit: int) -> bytes:
     return (value.as_py() or b"")[:limit]
 
 
+class _Tar:
+    """Reads parts of a remote tar: ahead where they follow one another, else just what is asked."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.ahead = uri, 0 if storage.is_local(uri) else _TAR_AHEAD
+        self.lock = threading.Lock()
+        self.start, self.held, self.end = 0, b"", -1  # what is held, and where the last part ended
+
+    def read(self, first: int, size: int) -> bytes:
+        if not self.ahead:
+            return storage.read_range(self.uri, first, size)
+        with self.lock:
+            place = first - self.start
+            if not 0 <= place <= len(self.held) - size:
+                # Between two images lie headers and what else a sample has.
+                follows = 0 <= first - self.end <= _TAR_GAP
+                length = max(size, self.ahead) if follows else size
+                self.start, self.held = first, storage.read_range(self.uri, first, length)
+                place = 0
+            self.end = max(self.end, first + size) if size else self.end
+            return self.held[place : place + size]
+
+
+_tar = lru_cache(maxsize=_SHARDS)(_Tar)
 _reading = threading.Lock()
 
 

@@ -14,7 +14,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from qure_core.data.loader import pixel_values
 from qure_core.data.packed import order_of, shard_of
 from qure_core.features.identity import FeatureKey
 from qure_core.features.store import FEATURES_KIND, INDEX_SCHEMA
+from qure_core.runtime.prefetch import prefetched
 from qure_core.runtime.progress import Progress
 from qure_core.runtime.resources import Plan, granted_device
 from qure_core.storage.arrow import arrow_bytes
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 _SHAPE = ("tokens", "width")  # of an image's features
 _READERS = 16  # threads that read records, each a small file
+_AHEAD = 8  # images that a task reads while it decodes others
 
 
 @dataclass(frozen=True)
@@ -234,15 +236,26 @@ _DECODED = pa.schema(
 )
 
 
+def _outcome(work: Callable[..., bytes], *arguments: Any) -> bytes | Exception:
+    """What ``work`` gave, or why it did not: one image of many."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        return error
+
+
 def _decode_piece(table: pa.Table, image_size: int, pixels: Pixels, max_pixels: int) -> pa.Table:
     """Task: read, hash, decode and preprocess the images of a piece."""
     (row,) = table.to_pylist()
     digests, faults = [], []
     decoded = io.BytesIO()
-    for uri in row["uri"]:
+    reads = [partial(_outcome, read_image_bytes, uri, max_pixels) for uri in row["uri"]]
+    read = prefetched(reads, _AHEAD, _AHEAD)
+    for uri, data in zip(row["uri"], read, strict=True):
         digest = fault = ""
         try:
-            data = read_image_bytes(uri, max_pixels)
+            if isinstance(data, Exception):
+                raise data
             digest = hashlib.sha256(data).hexdigest()
             image = decode(data, uri, max_pixels, pixels)
             decoded.write(preprocess_to_bytes(image, image_size).tobytes())

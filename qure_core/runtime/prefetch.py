@@ -9,9 +9,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def prefetched(steps: Sequence[Callable[[], T]], depth: int = 2) -> Iterator[T]:
-    """Results of ``steps`` in order, built by a background thread ``depth`` ahead."""
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+def prefetched(steps: Sequence[Callable[[], T]], depth: int = 2, threads: int = 1) -> Iterator[T]:
+    """Results of ``steps`` in order, built by background ``threads`` up to ``depth`` ahead."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
         waiting: list[Future[T]] = [pool.submit(step) for step in steps[:depth]]
         try:
             for number in range(len(steps)):

@@ -71,6 +71,7 @@ class FlakyStorage:
         storage = self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # else small answers wait for an acknowledgement
             protocol_version = "HTTP/1.1"
 
             def setup(self) -> None:
