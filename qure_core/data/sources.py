@@ -19,6 +19,16 @@ from qure_core.data.positives import rows_said
 from qure_core.data.schema import Split
 
 
+def files_of(data: DataSettings) -> Files:
+    """The dataset's directory, with the images that ``data.images`` names in its folders' place."""
+    if data.images is None:
+        return Files(data.root)
+    images = image_source(data.images, data.index_dir, "data.images")
+    for note in images.notes:
+        print(f"[data] {note}", flush=True)
+    return Files(data.root, images)
+
+
 class Dataset:
     """The configured dataset; its rows and listings are read once for all its splits."""
 
@@ -27,13 +37,7 @@ class Dataset:
 
     @cached_property
     def _files(self) -> Files:
-        data = self.data
-        if data.images is None:
-            return Files(data.root)
-        images = image_source(data.images, data.index_dir, "data.images")
-        for note in images.notes:
-            print(f"[data] {note}", flush=True)
-        return Files(data.root, images)
+        return files_of(self.data)
 
     def read(self, split: str) -> tuple[Split, list[Problem]]:
         """``split`` with everything that is wrong with it, and notes of what is only odd."""
@@ -129,8 +133,9 @@ def with_more_images(
     A category gets its own of them where they have categories (a folder or a column), else all.
     Raises `InputError` if one has the id of an image that is there.
     """
-    raise_problems(more.problems, f"mining.corpus: {more.uri}")
     names = more.sorted()
+    uris = {name: uri for name in names if (uri := more.find(name))}
+    raise_problems(more.problems, f"mining.corpus: {more.uri}")
     if not names:
         raise InputError(f"mining.corpus: there are no images in {more.uri}")
     if double := [name for name in names if name in split.images]:
@@ -140,8 +145,7 @@ def with_more_images(
         )
     own = {category: more.of_category(category) for category in corpora}
     whole = own if any(own.values()) else dict.fromkeys(corpora, names)
-    images = split.images | {name: uri for name in names if (uri := more.find(name))}
-    return replace(split, images=images), {
+    return replace(split, images=split.images | uris), {
         category: tuple(sorted({*ids, *whole[category]})) for category, ids in corpora.items()
     }
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from qure_core import storage
 from qure_core.base.errors import InputError, Problem, raise_problems
-from qure_core.data.layout import ImageFolder
 from qure_core.data.schema import Split, Triplet
+from qure_core.data.sources import files_of
 from qure_core.embeddings.shards import EmbeddingShards
 from qure_core.evaluation.metrics import preference_summary
 from qure_core.evaluation.protocols.protocol import Asked, Protocol, Request, Result, Rows
@@ -86,7 +86,7 @@ class HPFashionIQ(Protocol):
     def load(self, request: Request) -> Split:
         """A query for every judged pair, and the images of both sets."""
         pairs, file = _judged_pairs(request), str(request.judged)
-        folder = ImageFolder(storage.join(request.data.root, "images"))
+        folder = files_of(request.data).folder("images")
         by_name = {name.rsplit("/", 1)[-1]: name for name in folder.sorted()}
         images: dict[str, str] = {}
         problems = []

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 
 from qure_core.base.config import DataSettings
 from qure_core.base.errors import Problem, raise_problems
+from qure_core.data.layout import Files
 from qure_core.data.schema import Split
+from qure_core.data.sources import files_of
 from qure_core.evaluation.published import comparison_table
 
 Rows = Sequence[dict[str, Any]]
@@ -45,10 +47,13 @@ Result = tuple[dict[str, Any], dict[str, Any]]
 
 
 def benchmark_split(
-    read: Callable[[str, str], tuple[Split, list[Problem]]], request: Request, split: str, name: str
+    read: Callable[[Files, str], tuple[Split, list[Problem]]],
+    request: Request,
+    split: str,
+    name: str,
 ) -> Split:
     """A benchmark's split, read from the data's root; `InputError` that lists what is wrong."""
-    found, problems = read(request.data.root, split)
+    found, problems = read(files_of(request.data), split)
     raise_problems(problems, f"{request.data.root} ({name})")
     return found
 

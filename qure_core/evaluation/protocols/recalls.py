@@ -9,7 +9,7 @@ import numpy as np
 from qure_core.base.errors import InputError, raise_problems
 from qure_core.data.fashioniq import read_fashioniq
 from qure_core.data.schema import Split
-from qure_core.data.sources import has_split, load_split
+from qure_core.data.sources import files_of, has_split, load_split
 from qure_core.evaluation.metrics import fashioniq_summary, found_in_top, r_precision
 from qure_core.evaluation.protocols.protocol import (
     Asked,
@@ -131,7 +131,7 @@ class FashionIQ(Own):
     def load(self, request: Request) -> Split:
         """FashionIQ's val split."""
         data = request.data
-        split, problems = read_fashioniq(data.root, "val", data.categories, data.texts)
+        split, problems = read_fashioniq(files_of(data), "val", data.categories, data.texts)
         raise_problems(problems, f"{request.data.root} ({self.name})")
         return split
 
