@@ -112,7 +112,7 @@ def test_commands_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             re.sub(r"\b[A-Z_]{3,}\b", lambda m: places.get(m[0], m[0]), word) for word in arguments
         ]
         module = script(path)
-        if words[0] in ("inspect", "export"):
+        if words[:1] in (["inspect"], ["export"]):
             monkeypatch.setattr(sys, "argv", [path, *words])
             with pytest.raises(InputError, match="so this is not a finished (mined set|dataset)"):
                 getattr(module, words[0])()
