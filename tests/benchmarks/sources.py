@@ -82,7 +82,7 @@ def upload(folder: Path, uri: str) -> None:
     def put(file: Path) -> None:
         storage.write_bytes(storage.join(uri, str(file.relative_to(folder))), file.read_bytes())
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(4) as pool:
         list(pool.map(put, files))
 
 
