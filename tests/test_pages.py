@@ -114,7 +114,7 @@ def test_commands_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         module = script(path)
         if words[:1] in (["inspect"], ["export"]):
             monkeypatch.setattr(sys, "argv", [path, *words])
-            with pytest.raises(InputError, match="so this is not a finished (mined set|dataset)"):
+            with pytest.raises(InputError, match=r"so this is not a finished (mined set|dataset)"):
                 getattr(module, words[0])()
         else:
             words = [word.replace("/home/ray/qure/", "") for word in words]

@@ -204,16 +204,19 @@ class ImageFolder(Images):
         listing = storage.find_files(uri, root or uri)
         files: dict[str, list[str]] = {}
         for file in listing.files:
-            if not _hidden(file) and _SUFFIX.search(file):
+            if not is_hidden(file) and _SUFFIX.search(file):
                 files.setdefault(without_suffix(file), []).append(file)
         super().__init__(uri, {name: storage.join(uri, own[0]) for name, own in files.items()})
         self._clashes = {name: tuple(own) for name, own in files.items() if len(own) > 1}
         self.problems += [
-            Problem(uri, link, text) for link, text in listing.refused.items() if not _hidden(link)
+            Problem(uri, link, text)
+            for link, text in listing.refused.items()
+            if not is_hidden(link)
         ]
 
 
-def _hidden(path: str) -> bool:
+def is_hidden(path: str) -> bool:
+    """Whether a file is nobody's data: hidden, in a hidden folder, or left by macOS."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
 
 

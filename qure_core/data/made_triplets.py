@@ -24,11 +24,7 @@ from qure_core.data.layout import Images
 from qure_core.data.packed_index import image_source
 from qure_core.data.templates import Templates
 
-MADE_KIND = storage.Kind(
-    "made triplets",
-    r"captions/cap\..+\.json|image_splits/split\..+\.json|relevance/rel\..+\.json|"
-    r"descriptions\.json",
-)
+MADE_KIND = storage.Kind("made triplets", storage.LISTED)
 EVERYTHING = "all"  # the category where no column gives one
 _TRIES = 50  # draws for each triplet wanted before it is said that there are no more
 Attributes = tuple[str, ...]

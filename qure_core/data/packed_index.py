@@ -16,13 +16,13 @@ import ray.data
 
 from qure_core import storage
 from qure_core.base.errors import InputError, Problem, bad_input_of_workers
-from qure_core.data.layout import ImageFolder, Images
+from qure_core.data.layout import ImageFolder, Images, is_hidden
 from qure_core.data.packed import ENTRIES, SHARD_SUFFIXES, entries, located
 from qure_core.runtime.progress import Progress
 from qure_core.runtime.resources import connect
 from qure_core.storage.parquet import parquet_bytes, read_committed_parquet
 
-INDEX_KIND = storage.Kind("index of packed images", r"index\.parquet")
+INDEX_KIND = storage.Kind("index of packed images", storage.LISTED)
 _INDEX = pa.schema([*ENTRIES, ("shard", pa.string())])
 _SHOWN = 20  # problems of one kind
 
@@ -60,7 +60,8 @@ def image_source(uri: str, index_dir: str, setting: str) -> Images:
     single = uri.endswith(SHARD_SUFFIXES)
     if not storage.exists(uri):
         raise InputError(f"{setting}: {uri} does not exist")
-    files = [uri] if single else [storage.join(uri, f) for f in storage.find_files(uri, uri).files]
+    found = [] if single else storage.find_files(uri, uri).files
+    files = [uri] if single else [storage.join(uri, file) for file in found if not is_hidden(file)]
     shards = [file for file in files if file.endswith(SHARD_SUFFIXES)]
     if zipped := [file for file in files if file.endswith((".tar.gz", ".tgz", ".tar.zst"))]:
         raise InputError(

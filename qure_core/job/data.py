@@ -149,10 +149,10 @@ def mining_data(settings: Settings) -> tuple[Split, dict[str, tuple[str, ...]]]:
     split, corpora = _mined_among(settings, load_split(settings.data, "train"))
     if settings.mining.exclude_known_positives:
         uri = storage.join(settings.run.dir, "data", "contents.parquet")
-        known, asked, _ = _contents(uri, training_images(split, corpora))
-        split = _known(
-            settings, split, {name: row["sha256"] for name, row in known.items()} | asked
-        )
+        images = training_images(split, corpora)
+        known, asked, _ = _contents(uri, images)
+        digest_of = {name: row["sha256"] for name, row in known.items() if name in images} | asked
+        split = _known(settings, split, {name: own for name, own in digest_of.items() if own})
     else:
         split = without_known_positives(split)
     check_corpora(split, corpora)

@@ -27,7 +27,7 @@ from qure_core.mining.mined_set import read_mined_set
 
 Format = Literal["jsonl", "sentence-transformers", "tevatron"]
 FORMATS: tuple[Format, ...] = ("jsonl", "sentence-transformers", "tevatron")
-EXPORT_KIND = storage.Kind("exported mined set", r"(train|queries|corpus)\.(jsonl|parquet)")
+EXPORT_KIND = storage.Kind("exported mined set", storage.LISTED)
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _ROWS = 256  # written at a time
 

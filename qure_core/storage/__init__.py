@@ -44,6 +44,7 @@ from qure_core.storage.files import (
     write_json,
 )
 from qure_core.storage.kinds import (
+    LISTED,
     Kind,
     adopt,
     begin,
@@ -56,6 +57,7 @@ from qure_core.storage.kinds import (
 from qure_core.storage.temporary import clean_temporary, temporary_folder
 
 __all__ = [
+    "LISTED",
     "Kind",
     "adopt",
     "arrow_filesystem",

@@ -35,6 +35,9 @@ STAGING_OWNER = ".owner.json"  # in a directory that is being made, and for a mo
 _BESIDE = re.compile(r"(.*/)?(\.[^/]*\.lease|\.probe-[0-9a-f]{32}|[^/]*\.[0-9a-f]{32}\.partial)")
 """Leases and what a killed process left of a write: neither ours to remove nor in anyone's way."""
 
+LISTED = r"(?!)"
+"""A kind's files that are known by its manifest or plan alone, whatever their names."""
+
 
 @dataclass(frozen=True)
 class Kind:
