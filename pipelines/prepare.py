@@ -3,8 +3,8 @@
     python pipelines/prepare.py world --data.root data/world --data.world.images 2000
     python pipelines/prepare.py validate --config configs/emoji.yaml --data.root /data/emoji-cir
     python pipelines/prepare.py pack --config CONFIG --output s3://bucket/packed
-    python pipelines/prepare.py triplets --attributes table.csv --templates configs/templates.yaml \
-        --data.images /data/images --output data/made
+    python pipelines/prepare.py triplets --attributes table.csv --output data/made \
+        --templates configs/templates/clothes.yaml --data.images /data/images
 """
 
 from __future__ import annotations
@@ -131,7 +131,10 @@ def read() -> tuple[Settings, argparse.Namespace]:
     add("--output", help="pack, triplets: where they go, a path or URI")
     add("--shard-images", type=int, default=2000, help="pack: images in a shard (%(default)s)")
     add("--attributes", help="triplets: table of the images' attributes, .parquet, .csv, .jsonl")
-    add("--templates", help="triplets: YAML of what is said (pattern: configs/templates.yaml)")
+    add(
+        "--templates",
+        help="triplets: YAML of what is said (pattern: configs/templates/clothes.yaml)",
+    )
     add("--train", type=int, default=6000, help="triplets: so many, all categories (%(default)s)")
     add("--val", type=int, default=1200, help="triplets: so many to evaluate (%(default)s)")
     add(

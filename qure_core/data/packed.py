@@ -45,6 +45,8 @@ ENTRIES = pa.schema(
         ("second", pa.int64()),
     ]
 )
+LISTED = pa.schema([*ENTRIES, ("shard", pa.string())])
+"""`ENTRIES` of several shards."""
 
 
 def shard_of(uri: str) -> str | None:

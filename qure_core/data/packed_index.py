@@ -7,24 +7,17 @@ and kept below ``data.index_dir``; later only shards whose size or times differ 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
 
 from qure_core import storage
-from qure_core.base.errors import InputError, Problem, bad_input_of_workers
+from qure_core.base.errors import InputError, Problem
 from qure_core.data.layout import ImageFolder, Images, is_hidden
-from qure_core.data.packed import ENTRIES, SHARD_SUFFIXES, entries, located
-from qure_core.runtime.progress import Progress
-from qure_core.runtime.resources import connect
+from qure_core.data.packed import LISTED, SHARD_SUFFIXES, located
 from qure_core.storage.parquet import parquet_bytes, read_committed_parquet
 
 INDEX_KIND = storage.Kind("index of packed images", storage.LISTED)
-_INDEX = pa.schema([*ENTRIES, ("shard", pa.string())])
-_SHOWN = 20  # problems of one kind
 
 
 class PackedImages(Images):
@@ -79,7 +72,7 @@ def _index(uri: str, shards: list[str], index_dir: str) -> tuple[pa.Table, int]:
     place = storage.join(index_dir, hashlib.sha256(uri.encode()).hexdigest()[:16])
     storage.check_place(place, INDEX_KIND, "data.index_dir")
     stamps = storage.stamps(shards)
-    index, known = _INDEX.empty_table(), {}
+    index, known = LISTED.empty_table(), {}
     skipped_of: dict[str, int] = {}
     if storage.is_committed(place):
         manifest = storage.read_manifest(place, INDEX_KIND)
@@ -90,7 +83,10 @@ def _index(uri: str, shards: list[str], index_dir: str) -> tuple[pa.Table, int]:
             index = index.filter(pc.is_in(index["shard"], pa.array(list(known), pa.string())))
     if asked := [shard for shard in shards if shard not in known]:
         parts = [index]
-        for shard, part, skipped in _listed(asked):
+        # Here, because who reads no shards needs no Ray.
+        from qure_core.data.packed_listing import listed
+
+        for shard, part, skipped in listed(asked):
             parts.append(part)
             skipped_of[shard] = skipped
         index = pa.concat_tables(parts).combine_chunks()
@@ -98,37 +94,3 @@ def _index(uri: str, shards: list[str], index_dir: str) -> tuple[pa.Table, int]:
             (directory / "index.parquet").write_bytes(parquet_bytes(index))
             description |= {"source": uri, "stamps": stamps, "skipped": skipped_of}
     return index, sum(skipped_of.values())
-
-
-def _listed(shards: list[str]) -> Iterator[tuple[str, pa.Table, int]]:
-    """Each shard's rows, listed in tasks."""
-    if not shards:
-        return
-    connect()  # reading the data may be the first thing that needs Ray
-    tasks = ray.data.from_arrow([pa.table({"shard": [shard]}) for shard in shards])
-    listed = tasks.map_batches(_list_shard, batch_size=None, batch_format="pyarrow")
-    progress = Progress("index", len(shards), "shards")
-    with bad_input_of_workers():
-        for row in listed.iter_rows():
-            part: pa.Table = pa.ipc.open_stream(row["rows"]).read_all()
-            progress.advance(1)
-            yield row["shard"], part, row["skipped"]
-
-
-def _list_shard(table: pa.Table) -> pa.Table:
-    """Task: list the shards of a block."""
-    rows: list[dict[str, Any]] = []
-    for shard in table["shard"].to_pylist():
-        parts, skipped = [], 0
-        for part in entries(shard):
-            skipped += int((part.schema.metadata or {}).get(b"skipped", b"0"))
-            own = pa.array([shard] * part.num_rows, pa.string())
-            parts.append(part.replace_schema_metadata().append_column("shard", own))
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, _INDEX) as writer:
-            writer.write_table(pa.concat_tables([_INDEX.empty_table(), *parts]))
-        rows.append({"shard": shard, "rows": sink.getvalue().to_pybytes(), "skipped": skipped})
-    schema = pa.schema(
-        [("shard", pa.string()), ("rows", pa.large_binary()), ("skipped", pa.int64())]
-    )
-    return pa.Table.from_pylist(rows, schema)

@@ -188,7 +188,7 @@ def test_the_command_makes_a_dataset_that_is_read(tmp_path: Path, run_pipeline: 
         if number:
             Image.new("RGB", (8, 8), colour).save(tmp_path / f"images/{number:03d}.png")
     (tmp_path / "table.csv").write_text("\n".join(lines))
-    text = (ROOT / "configs/templates.yaml").read_text() + "category: shop\n"
+    text = (ROOT / "configs/templates/clothes.yaml").read_text() + "category: shop\n"
     (tmp_path / "t.yaml").write_text(text)
     command = ["triplets", f"--attributes={tmp_path}/table.csv", f"--templates={tmp_path}/t.yaml"]
     command += [f"--data.images={tmp_path}/images", f"--output={tmp_path}/made"]

@@ -24,7 +24,7 @@ from s3_server import S3Server, s3_server
 from qure_core import storage
 from qure_core.base.config import DataSettings, Settings
 from qure_core.base.errors import InputError
-from qure_core.data import packed_index
+from qure_core.data import packed_listing
 from qure_core.data.hashing import image_digests, image_stamps
 from qure_core.data.images import load_image, read_image_bytes
 from qure_core.data.pack import pack_images
@@ -167,8 +167,8 @@ def test_only_what_changed_is_listed_again(
     place, index = tmp_path / "shards", str(tmp_path / "indexes")
     put(as_tars, str(place), tmp_path / "made")
     listed: list[list[str]] = []
-    listing = packed_index._listed
-    monkeypatch.setattr(packed_index, "_listed", lambda s: listed.append(s) or listing(s))
+    listing = packed_listing.listed
+    monkeypatch.setattr(packed_listing, "listed", lambda s: listed.append(s) or listing(s))
 
     def names() -> list[str]:
         return image_source(str(place), index, "data.images").sorted()
