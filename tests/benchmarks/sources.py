@@ -113,7 +113,7 @@ def speed(work: Path, count: int) -> None:
     from flaky_storage import flaky_storage
     from s3_server import s3_server
 
-    with s3_server(work / "server") as server, flaky_storage(server.endpoint) as proxy:
+    with s3_server(work / "server", volumes=32) as server, flaky_storage(server.endpoint) as proxy:
         os.environ.update(server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint})
         connect()
         began = time.perf_counter()

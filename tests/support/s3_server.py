@@ -68,8 +68,11 @@ def _free_ports(host: str, count: int) -> list[int]:
 
 
 @contextmanager
-def s3_server(directory: Path, host: str = "127.0.0.1") -> Iterator[S3Server]:
-    """Start a server that keeps its data in ``directory``; stop it at the end."""
+def s3_server(directory: Path, host: str = "127.0.0.1", volumes: int = 8) -> Iterator[S3Server]:
+    """Start a server that keeps its data in ``directory``; stop it at the end.
+
+    ``volumes`` of 256 MB hold them, most of which the server reserves for itself.
+    """
     key, secret = "qure-test", secrets.token_hex(16)
     identity = {
         "name": "test",
@@ -85,7 +88,7 @@ def s3_server(directory: Path, host: str = "127.0.0.1") -> Iterator[S3Server]:
     command += ["-master.telemetry=false", f"-master.port={master}", f"-volume.port={volume}"]
     command += [f"-filer.port={filer}", "-s3", f"-s3.port={port}", f"-s3.config={config}"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # their fixed ports may be taken
-    command += ["-s3.iam=false", "-volume.max=8", "-volume.preStopSeconds=1"]
+    command += ["-s3.iam=false", f"-volume.max={volumes}", "-volume.preStopSeconds=1"]
     command += ["-master.volumeSizeLimitMB=256"]
     log = directory / "weed.log"
     with log.open("wb") as output:
