@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from qure_core import storage
 from qure_core.base.errors import InputError, Problem
-from qure_core.data.layout import Files, Names, check_row, read_rows, relevant_of
+from qure_core.data.layout import Files, Names, check_row, is_text, read_rows, relevant_of
 from qure_core.data.schema import Split, Triplet
 from qure_core.data.text import join_fashioniq
 
@@ -61,7 +61,7 @@ def read_fashioniq(
             problems.append(Problem(split_file, "", f"category {category!r} has no images"))
         gallery = []
         for index, name in enumerate(names):
-            if not isinstance(name, str):
+            if not is_text(name):
                 problems.append(Problem(split_file, str(index), f"{name!r} is not an image name"))
                 continue
             own = folder.canonical(f"{category}/{name}")
@@ -118,7 +118,7 @@ def _read_triplets(
         if not check_row(row, fields, caption_file, where, problems):
             continue
         captions = row["captions"]
-        if len(captions) != 2 or not all(isinstance(caption, str) for caption in captions):
+        if len(captions) != 2 or not all(map(is_text, captions)):
             problems.append(Problem(caption_file, where, f"captions are not two texts: {captions}"))
             continue
         blank += not all(caption.strip(" .?,") for caption in captions)

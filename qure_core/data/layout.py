@@ -57,14 +57,31 @@ def check_row(
                 Problem(uri, where, f"{name!r} is a {type(row[name]).__name__}: {row[name]!r}")
             )
             good = False
+        elif isinstance(row[name], str) and not is_text(row[name]):
+            problems.append(Problem(uri, where, f"{name!r} {_HALF}: {row[name]!r}"))
+            good = False
     return good
+
+
+_HALF = "holds half of a character, a lone surrogate"
+
+
+def is_text(value: Any) -> bool:
+    """Whether ``value`` is text that can be written: JSON may escape halves of characters."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def names_of(
     value: Any, role: str, uri: str, where: str, problems: list[Problem]
 ) -> tuple[str, ...]:
     """``value`` as a list of image names; anything else is a problem, and no names."""
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, list) or not all(map(is_text, value)):
         shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]} ..."
         problems.append(Problem(uri, where, f"{role} is not a list of image names: {shown}"))
         return ()

@@ -80,10 +80,14 @@ def read(uri: str, limit: int) -> bytes:
         return _tar(match[4]).read(first, size)
     shard, group, row = match[1], int(match[2]), int(match[3])
     try:
-        value = _images_of(shard, group)[row]
+        value = _images_of(shard, group)[row].as_py()
     except IndexError:
         raise InputError(f"{uri}: the file has no such row; it has changed") from None
-    return (value.as_py() or b"")[:limit]
+    except (pa.ArrowException, OSError) as error:
+        raise _damage(error, uri) from None
+    if value is None:
+        raise InputError(f"{uri}: the row has no bytes of an image; write them into the shard")
+    return bytes(value[:limit])
 
 
 class _Tar:
@@ -110,6 +114,19 @@ class _Tar:
 
 
 _tar = lru_cache(maxsize=_SHARDS)(_Tar)
+
+
+def _damage(error: Exception, uri: str) -> Exception:
+    """What is said of a shard that is none; an error of the storage itself stays what it is."""
+    # Arrow's own, of nonsense within a file, have no number.
+    if isinstance(error, FileNotFoundError) or (
+        isinstance(error, OSError) and (error.errno is not None or storage.is_away(error))
+    ):
+        return error
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(f"{uri}: cannot be read ({first}); make the shard again")
+
+
 _reading = threading.Lock()
 
 
@@ -191,8 +208,8 @@ def entries(shard: str) -> Iterator[pa.Table]:
         else:
             for number, batch in enumerate(_record_batches(shard)):
                 yield _table_entries(pa.Table.from_batches([batch]), number, shard)
-    except (pa.ArrowInvalid, tarfile.TarError, EOFError) as error:
-        raise InputError(f"{shard}: cannot be read ({error}); make it again") from None
+    except (pa.ArrowException, tarfile.TarError, EOFError, OSError) as error:
+        raise _damage(error, shard) from None
 
 
 def _parquet_entries(shard: str) -> Iterator[pa.Table]:

@@ -127,7 +127,9 @@ def find_files(uri: str, root: str) -> Listing:
             for entry in entries:
                 name = f"{folder}{entry.name}"
                 if not entry.is_dir():
-                    files.append(name)
+                    # A link that leads nowhere is a file that is missing; a pipe would never end.
+                    if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                        files.append(name)
                     continue
                 real = os.path.realpath(entry.path)
                 if not any(f"{real}/".startswith(f"{top.rstrip('/')}/") for top in inside):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,14 @@ def test_what_systems_leave_beside_images_is_passed_over(tmp_path: Path) -> None
     folder = ImageFolder(str(tmp_path))
     assert folder.sorted() == ["a"]
     assert not folder.problems
+
+
+def test_pipes_are_no_files_and_broken_links_are_missing_ones(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "linked.png").symlink_to(tmp_path / "pipe.png")
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere")
+    assert ImageFolder(str(tmp_path)).sorted() == ["a", "broken"]
 
 
 def test_links_to_folders(tmp_path: Path) -> None:

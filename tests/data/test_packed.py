@@ -212,6 +212,12 @@ def test_ids_that_stand_twice_are_a_problem(tmp_path: Path, local_ray: str) -> N
         ),
         (
             lambda f: pq.write_table(
+                pa.table({"image_id": [["a"]], "image": [b"x"]}), f / "a.parquet"
+            ),
+            "cannot be read",
+        ),
+        (
+            lambda f: pq.write_table(
                 table(NAMES).set_column(0, "image_id", [[None] * 12]), f / "a.parquet"
             ),
             r"row 0 of group 0 has no image_id",
@@ -250,6 +256,14 @@ def test_a_shard_that_is_gone_or_shorter_is_a_missing_or_damaged_image(tmp_path:
     with pytest.raises(InputError, match=r"b\.parquet#0\.99: the file has no such row"):
         read_image_bytes(f"{tmp_path}/b.parquet#0.99", 10**6)
     assert shard_of("/data/odd#1.png") is None
+    rows = {"image_id": ["a"], "image": pa.array([None], pa.binary())}
+    pq.write_table(pa.table(rows), tmp_path / "c.parquet")
+    with pytest.raises(InputError, match=r"c\.parquet#0\.0: the row has no bytes of an image"):
+        read_image_bytes(f"{tmp_path}/c.parquet#0.0", 10**6)
+    whole = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "d.parquet").write_bytes(b"PAR1" + b"\0" * 200 + whole[204:])
+    with pytest.raises(InputError, match=r"d\.parquet#0\.0: "):
+        read_image_bytes(f"{tmp_path}/d.parquet#0.0", 10**6)
 
 
 def write_images(folder: Path) -> dict[str, str]:

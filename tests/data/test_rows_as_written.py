@@ -87,6 +87,15 @@ def test_null_and_double_keys_are_problems_of_their_rows(own: Path) -> None:
     ]
 
 
+def test_halves_of_characters_are_no_text(own: Path) -> None:
+    """JSON can escape what no file can hold."""
+    rows = [row(), row(text="\ud83d red"), row(target="\udc00"), row(relevant=["\ud800"])]
+    found = read(own, "\n".join(map(json.dumps, rows)))[1]
+    assert found[0].startswith(" [line 2]: 'text' holds half of a character")
+    assert found[1].startswith(" [line 3]: 'target' holds half of a character")
+    assert "[line 4]: relevant is not a list of image names" in found[2]
+
+
 def test_a_category_without_images_is_a_problem_if_others_have_some(own: Path) -> None:
     hats = row(reference="hats/h", target="hats/i", category="hats")
     found = read(own, "\n".join(map(json.dumps, [hats, row(category="shoes")])))[1]
@@ -266,7 +275,9 @@ def test_no_row_ends_in_a_traceback(
         for triplet in found.triplets:
             assert triplet.reference_id in found.images
             assert triplet.target_id is None or triplet.target_id in known
-            assert isinstance(triplet.text, str)
+            assert triplet.text.encode() is not None
+        write_split(str(root / "kept"), found)
+        assert read_split(str(root / "kept")).triplets == found.triplets
 
 
 def test_the_same_text_is_loaded_from_any_of_both(own: Path) -> None:
