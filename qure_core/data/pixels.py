@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from qure_core.base.errors import InputError
 
@@ -38,7 +38,7 @@ _DONE = {
 
 def changes(image: Image.Image) -> tuple[str, ...]:
     """Which of `CHANGES` `upright` would make of an opened image."""
-    found = ["orientation"] if _is_turned(image) else []
+    found = [] if _turn(image) is None else ["orientation"]
     if _is_deep(image):
         found.append("depth")
     elif image.has_transparency_data:
@@ -55,8 +55,8 @@ def upright(image: Image.Image) -> Image.Image:
     on `BACKGROUND`; CMYK, palettes and the like converted. Raises `InputError`, without a name, if
     deep values have no scale that can be known.
     """
-    if _is_turned(image):
-        image = ImageOps.exif_transpose(image)
+    if (turn := _turn(image)) is not None:
+        image = image.transpose(turn)
     if _is_deep(image):
         return _scaled(image).convert("RGB")
     if image.has_transparency_data:
@@ -65,8 +65,25 @@ def upright(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright by its EXIF orientation; none if it has none that can be read,
+    as viewers take it."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of damaged metadata, beside pixels that are whole
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _is_deep(image: Image.Image) -> bool:

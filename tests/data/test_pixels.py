@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
@@ -192,6 +192,7 @@ FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
 
 
 @settings(max_examples=300, deadline=None)
+@example("TIFF", "RGB", [(72, 2)], 0)  # Pillow's own TypeError
 @given(
     st.sampled_from(FORMATS),
     st.sampled_from(["RGB", "L", "RGBA", "P", "CMYK", "I;16", "1", "F", "I"]),
