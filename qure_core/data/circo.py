@@ -26,9 +26,10 @@ def read_circo(root: str | Files, split: str) -> tuple[Split, list[Problem]]:
     folder = files.folder("COCO2017_unlabeled", "unlabeled2017")
     images: dict[str, str] = {}
     gallery = []
-    listed = info.get("images", [])
-    if not isinstance(listed, list):
-        problems.append(Problem(info_file, "images", "is not a list of images"))
+    listed = info.get("images")
+    if not isinstance(listed, list) or not listed:
+        if not problems:  # else the file itself could not be read
+            problems.append(Problem(info_file, "images", "is no list of images, or an empty one"))
         listed = []
     for index, row in enumerate(listed):
         if not check_row(row, {"id": int}, info_file, str(index), problems):

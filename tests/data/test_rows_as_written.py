@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -218,6 +218,7 @@ FULL |= {"gt_img_ids": [2]}
 
 
 @settings(max_examples=300, deadline=None)
+@example(rows=[], near=[{}], whole={}, cut=0, layout="circo", split="train")  # no images at all
 @given(
     rows=ROWS,
     near=st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=2), max_size=3),
