@@ -42,10 +42,11 @@ def _table(uri: str) -> pa.Table:
         if uri.endswith(".parquet"):
             return pq.read_table(io.BytesIO(data))
         if uri.endswith(".csv"):
-            header = pyarrow.csv.open_csv(io.BytesIO(data)).schema.names
+            lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
+            header = pyarrow.csv.open_csv(io.BytesIO(data), parse_options=lines).schema.names
             # As text, or an id such as 007 would be a number.
             text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()))
-            return pyarrow.csv.read_csv(io.BytesIO(data), convert_options=text)
+            return pyarrow.csv.read_csv(io.BytesIO(data), parse_options=lines, convert_options=text)
         if uri.endswith((".jsonl", ".json", ".ndjson")):
             return pyarrow.json.read_json(io.BytesIO(data.removeprefix(b"\xef\xbb\xbf")))
     except pa.ArrowInvalid as error:
@@ -65,6 +66,8 @@ def read_catalogue(uri: str, attributes: Sequence[str], category: str | None) ->
             f"--attributes: {uri} has no column {', '.join(map(repr, lacking))} (it has "
             f"{', '.join(table.column_names)}); 'image_id' names the images, the templates the rest"
         )
+    if double := [name for name in columns if table.column_names.count(name) > 1]:
+        raise InputError(f"--attributes: {uri} has several columns {double[0]!r}; keep one")
     try:
         rows = table.select(columns).cast(pa.schema([(n, pa.string()) for n in columns]))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -32,7 +32,7 @@ def read_cirr(root: str | Files, split: str) -> tuple[Split, list[Problem]]:
             continue
         top, _, rest = relative.partition("/")
         tops.add(top)
-        uri = files.folder(top).find(rest, name)
+        uri = files.folder(top).find(rest, name, relative)
         if uri is None:
             problems.append(Problem(split_file, name, files.folder(top).missing(rest)))
         else:
@@ -48,8 +48,8 @@ def read_cirr(root: str | Files, split: str) -> tuple[Split, list[Problem]]:
     }
     if split != "test1":
         fields["target_hard"] = str
-    for top in sorted(tops):
-        problems += files.folder(top).problems
+    for folder in {id(folder): folder for folder in map(files.folder, sorted(tops))}.values():
+        problems += folder.problems
     known = Names(paths, f"in {split_file}")
     triplets = []
     seen: dict[int, int] = {}

@@ -21,6 +21,7 @@ from qure_core import storage
 from qure_core.base.errors import InputError, bad_input_of_workers
 from qure_core.data.hashing import image_stamps
 from qure_core.data.images import read_image_bytes
+from qure_core.data.packed import shard_of
 from qure_core.runtime.progress import Progress
 
 PACKED_KIND = storage.Kind("packed images", r"images-\d{5}\.parquet")
@@ -52,6 +53,8 @@ def pack_images(
 
     Raises `InputError` if an image is missing, or if something else is at ``output``.
     """
+    if any((shard_of(uri) or uri).startswith(f"{output}/") for uri in images.values()):
+        raise InputError(f"--output: {output} holds images that are to be packed; choose another")
     stamps = image_stamps(images.values())
     if missing := sorted(set(images.values()) - set(stamps)):
         raise InputError(f"{len(missing):,} image(s) are missing, first {missing[0]}")

@@ -106,10 +106,13 @@ class _Tar:
             if not 0 <= place <= len(self.held) - size:
                 # Between two images lie headers and what else a sample has.
                 follows = 0 <= first - self.end <= _TAR_GAP
-                length = max(size, self.ahead) if follows else size
+                self.end = first + size
+                if not follows:
+                    return storage.read_range(self.uri, first, size)
+                length = max(size, self.ahead)
                 self.start, self.held = first, storage.read_range(self.uri, first, length)
                 place = 0
-            self.end = max(self.end, first + size) if size else self.end
+            self.end = max(self.end, first + size)
             return self.held[place : place + size]
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from qure_core import storage
 from qure_core.base.errors import InputError, Problem
-from qure_core.data.layout import ImageFolder, Images, is_hidden
+from qure_core.data.layout import IMAGE_SUFFIXES, ImageFolder, Images, is_hidden
 from qure_core.data.packed import LISTED, SHARD_SUFFIXES, located
 from qure_core.storage.parquet import parquet_bytes, read_committed_parquet
 
@@ -50,13 +50,20 @@ class PackedImages(Images):
 
 def image_source(uri: str, index_dir: str, setting: str) -> Images:
     """The images at ``uri``: a folder of image files, or shards (a folder of them, or one)."""
-    single = uri.endswith(SHARD_SUFFIXES)
     if not storage.exists(uri):
         raise InputError(f"{setting}: {uri} does not exist")
+    single = uri.endswith(SHARD_SUFFIXES) and storage.is_file(uri)
     found = [] if single else storage.find_files(uri, uri).files
     files = [uri] if single else [storage.join(uri, file) for file in found if not is_hidden(file)]
     shards = [file for file in files if file.endswith(SHARD_SUFFIXES)]
-    if zipped := [file for file in files if file.endswith((".tar.gz", ".tgz", ".tar.zst"))]:
+    pictures = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+    if shards and pictures:
+        raise InputError(
+            f"{setting}: {uri} holds image files ({pictures[0]}) and shards ({shards[0]}); give a "
+            "folder of one kind, or the shard itself"
+        )
+    zipped = [file for file in files if file.endswith((".tar.gz", ".tgz", ".tar.zst"))]
+    if zipped and not pictures:
         raise InputError(
             f"{setting}: {zipped[0]} is compressed, so single images cannot be read from it; "
             "unpack it to a plain .tar"

@@ -57,6 +57,9 @@ def upright(image: Image.Image) -> Image.Image:
     """
     if (turn := _turn(image)) is not None:
         image = image.transpose(turn)
+        for name in _METADATA:  # or it would be turned again
+            image.info.pop(name, None)
+        image.getexif().pop(ExifTags.Base.Orientation, None)
     if _is_deep(image):
         return _scaled(image).convert("RGB")
     if image.has_transparency_data:
@@ -65,6 +68,7 @@ def upright(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+_METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "adjust_exif")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -97,6 +101,11 @@ def _scaled(image: Image.Image) -> Image.Image:
     white = _SCALES[image.mode[0]]
     if image.mode == "F" and high > 1:
         white = 255.0
+    if image.mode == "I" and high <= 255:
+        raise InputError(
+            "its 32-bit integer values reach no further than 255, so whether they are of 8 or of "
+            "16 bits cannot be known; save it with 8 or 16 bits"
+        )
     if not (low >= 0 and high <= white):  # so also where a value is not a number
         raise InputError(
             f"its {'floating-point' if image.mode == 'F' else 'integer'} values, from {low:g} to "

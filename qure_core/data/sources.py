@@ -94,7 +94,11 @@ def load_split(data: DataSettings, split: str) -> Split:
 
 
 def all_images(splits: Sequence[Split]) -> tuple[dict[str, str], dict[str, str]]:
-    """URIs of the images of several splits, and the category of each that is of one alone."""
+    """URIs of the images of several splits, and the category of each that is of one alone.
+
+    No categories, if any image is of several or of none: then the galleries are not told apart by
+    the images themselves.
+    """
     images: dict[str, str] = {}
     categories: dict[str, set[str]] = {}
     for split in splits:
@@ -107,7 +111,9 @@ def all_images(splits: Sequence[Split]) -> tuple[dict[str, str], dict[str, str]]
         for category, ids in split.galleries.items():
             for image in ids:
                 categories.setdefault(image, set()).add(category)
-    return images, {image: min(own) for image, own in categories.items() if len(own) == 1}
+    if any(len(categories.get(image, ())) != 1 for image in images):
+        return images, {}
+    return images, {image: min(own) for image, own in categories.items()}
 
 
 def mining_galleries(data: DataSettings, split: Split) -> dict[str, tuple[str, ...]]:

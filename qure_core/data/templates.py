@@ -46,6 +46,9 @@ class Templates(BaseModel, extra="forbid"):
         for count in self.changes:
             if not 1 <= count <= len(self.attributes):
                 raise ValueError(f"changes: {count} of {len(self.attributes)} attributes")
+        for name in self.attributes:
+            if not name.isidentifier():
+                raise ValueError(f"attributes: {name!r} is no word; rename the column")
         for text in self.descriptions:
             check_placeholders(text, set(self.attributes))
         return self

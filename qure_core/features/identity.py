@@ -73,6 +73,8 @@ def preprocessing_digest(image_size: int, pixels: Pixels) -> str:
         picture = Image.fromarray(np.resize(ramp, (height, width, 3)))
         for mode in ("RGB", "P", "L") if pixels == "released" else _UPRIGHT_MODES:
             converted = picture.convert(mode)
+            if mode == "I":
+                converted = converted.point(lambda value: value * 257)  # of 16 bits
             if pixels == "upright":
                 converted.getexif()[ExifTags.Base.Orientation] = 6
                 converted = upright(converted)

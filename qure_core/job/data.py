@@ -55,8 +55,9 @@ def _checked(settings: Settings, uri: str, split: Split, learned: bool) -> Split
 
 def _keep(uri: str, split: Split) -> None:
     """Write ``split`` if it is new, or its images have moved."""
-    if not storage.is_committed(uri) or read_split(uri) != split:
-        write_split(uri, split)
+    if storage.is_committed(uri) and (read_split(uri) == split or is_older_split(uri)):
+        return
+    write_split(uri, split)
 
 
 def _mined_among(settings: Settings, train: Split) -> tuple[Split, dict[str, tuple[str, ...]]]:
@@ -133,7 +134,8 @@ def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tup
     digest_of = remember_contents(contents, used | {name: train.images[name] for name in described})
     for note in twins_said(digest_of):
         print(f"[data] {note}", flush=True)
-    train = _known(settings, train, digest_of)
+    own = training_images(train, corpora)  # as a round alone knows them
+    train = _known(settings, train, {n: d for n, d in digest_of.items() if n in own})
     check_corpora(train, corpora, settings.train.negatives_per_triplet)
     _keep(storage.join(folder, "train"), train)
     if val:

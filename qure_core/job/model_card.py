@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ from qure_core.job.layout import committed
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND
 
 _TAGS = ["composed-image-retrieval", "image-retrieval", "qure", "blip-2"]
+_OURS = re.compile(r"random weights|\d+ epochs of image-text pretraining on \d+ captions")
 _BODY = """
 # {title}
 
@@ -84,13 +86,14 @@ def make_card(
         results=_table(evaluations) or "The run had no validation split, so nothing was measured.",
         settings=yaml.safe_dump(_shown(settings), sort_keys=False),
         digest=manifest["files"]["model.safetensors"]["sha256"],
-        origin=origin if _is_hub_id(origin) or " " in origin else "weights of its owner",
+        origin=origin if _is_hub_id(origin) or _OURS.fullmatch(origin) else "its owner's weights",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
 
 
 def _is_hub_id(name: str | None) -> bool:
-    return bool(name) and str(name).count("/") <= 1 and not str(name).startswith((".", "/", "~"))
+    plain = re.fullmatch(r"[\w.-]+/[\w.-]+", name or "")
+    return bool(plain) and not str(name).startswith(".") and not storage.exists(str(name))
 
 
 def _origin(settings: Settings) -> str:
@@ -106,7 +109,7 @@ def _shown(settings: Settings) -> dict[str, Any]:
     plain = {
         name: value
         for name, value in flatten(settings.resolved()).items()
-        if name not in free and value is not None and not name.startswith("model.pretrained")
+        if name not in free | {"model.pretrained", "model.tokenizer"} and value is not None
     }
     return {name: value for name, value in plain.items() if not name.startswith("data.world.")}
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from qure_core import storage
 from qure_core.base.config import Settings
@@ -39,6 +38,16 @@ def make_repository(
     Raises `InputError` if the checkpoint is damaged, or if something else is at ``output``.
     """
     manifest = storage.read_manifest(checkpoint, CHECKPOINT_KIND)
+    storage.check_place(output, CHECKPOINT_KIND, "output")
+    if storage.is_committed(output):
+        found = storage.read_manifest(output, CHECKPOINT_KIND)
+        weights = (found["files"], manifest["files"])
+        same = weights[0].get("model.safetensors") == weights[1]["model.safetensors"]
+        if "published" not in found or not (same or found["published"] == name):
+            raise InputError(
+                f"output: {output} holds another checkpoint, not the model {name!r} published "
+                "before; choose another directory"
+            )
     card = make_card(settings, checkpoint, licence, name, name.rsplit("/", 1)[-1])
     with (
         storage.local_copy(checkpoint, {OPTIMIZER_FILE}) as folder,
@@ -49,6 +58,7 @@ def make_repository(
                 shutil.copyfile(Path(folder) / file, directory / file)
         (directory / "README.md").write_text(str(card), encoding="utf-8")
         description |= {n: v for n, v in manifest.items() if n not in ("files", "kind", "origin")}
+        description["published"] = name
 
 
 def push(output: str, name: str) -> str:
@@ -61,8 +71,8 @@ def push(output: str, name: str) -> str:
         with storage.local_copy(output) as folder:
             api.create_repo(name, exist_ok=True)
             return str(api.upload_folder(repo_id=name, folder_path=folder).commit_url)
-    except (OfflineModeIsEnabled, HFValidationError, HfHubHTTPError, OSError) as error:
-        if isinstance(error, OSError) and storage.fault(error) is not None:
+    except Exception as error:  # of a library that lets its transport's own errors through
+        if isinstance(error, InputError) or storage.fault(error) is not None:
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

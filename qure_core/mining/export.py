@@ -50,6 +50,11 @@ def export_round(
             "split given; give the one that it was mined for (--split)"
         )
     best = {query: [str(name) for name in ids[:negatives]] for query, ids in chosen.items()}
+    if lacking := sorted(set().union(*best.values()) - set(split.images)):
+        raise InputError(
+            f"{uri}: {len(lacking):,} of its negatives are not images of the split given, first "
+            f"{lacking[0]!r}; give the data/train of the run that mined it (--split)"
+        )
     short = 0
     if form == "sentence-transformers":
         short = sum(len(ids) < negatives for ids in best.values())

@@ -85,6 +85,11 @@ def exists(uri: str) -> bool:
     return bool(fs.exists(path))
 
 
+def is_file(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return bool(fs.isfile(path))
+
+
 def list_names(uri: str) -> list[str]:
     """Names directly under ``uri``, sorted; empty if it does not exist."""
     fs, path = filesystem(uri)

@@ -318,6 +318,29 @@ def test_packing_does_not_touch_what_is_there(tmp_path: Path, local_ray: str) ->
     assert (tmp_path / "out/images-00000.parquet").read_bytes() == b"mine"
 
 
+def test_packing_onto_its_own_images_is_refused(tmp_path: Path, local_ray: str) -> None:
+    uris = write_images(tmp_path / "files")
+    pack(f"{tmp_path}/packed", uris)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "packed").iterdir()}
+    images = image_source(f"{tmp_path}/packed", f"{tmp_path}/indexes", "data.images")
+    packed = {name: str(images.find(name)) for name in images.sorted()}
+    with pytest.raises(InputError, match=r"--output: .*packed holds images that are to be packed"):
+        pack_images(f"{tmp_path}/packed", packed, {}, 3, 10**6)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "packed").iterdir()} == before
+
+
+def test_folders_that_are_named_like_shards_or_hold_both(tmp_path: Path, local_ray: str) -> None:
+    put(as_parquet, f"{tmp_path}/spark.parquet", tmp_path / "made")
+    spark = image_source(f"{tmp_path}/spark.parquet", f"{tmp_path}/indexes", "data.images")
+    assert spark.sorted() == sorted(NAMES)
+    write_images(tmp_path / "files")
+    (tmp_path / "files/images.tgz").write_bytes(b"")  # where they came from
+    assert image_source(f"{tmp_path}/files", "", "data.images").sorted() == sorted(NAMES)
+    pq.write_table(table(NAMES), tmp_path / "files/a.parquet")
+    with pytest.raises(InputError, match=r"holds image files .* and shards"):
+        image_source(f"{tmp_path}/files", "", "data.images")
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """JSON lines over packed images, without any folder of them."""

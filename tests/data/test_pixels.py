@@ -61,6 +61,16 @@ def test_every_orientation_arrives_upright(orientation: int, kind: str) -> None:
     assert changes(decode_stored(data, "x", 10**6)) == (("orientation",) if turned else ())
 
 
+def test_what_is_upright_stays_so() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image = decode(encoded(Image.fromarray(PICTURE), exif=exif), "x", 10**6, "upright")
+    assert image.size == (40, 30)
+    assert upright(image.resize((80, 60))).size == (80, 60)
+    assert (np.asarray(upright(image)) == np.asarray(image)).all()
+    assert not changes(image)
+
+
 RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)
 
 
@@ -90,6 +100,9 @@ def test_values_of_no_known_scale_are_refused_by_name(bad: float) -> None:
     with pytest.raises(InputError, match=r"x\.tif: its floating-point values, from .* to .*, are"):
         decode(data, "x.tif", 10**6, "upright")
     decode(data, "x.tif", 10**6, "released")
+    low = encoded(Image.fromarray(np.full((4, 4), 200, np.int32)), "TIFF")
+    with pytest.raises(InputError, match=r"x\.tif: its 32-bit integer values reach no further"):
+        decode(low, "x.tif", 10**6, "upright")
     deep = encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF")
     with pytest.raises(InputError, match=r"x\.tif: its integer values, from 70000 to 70000"):
         decode(deep, "x.tif", 10**6, "upright")

@@ -61,6 +61,12 @@ def test_the_card_says_what_the_run_knows(finished_run: Path, tmp_path: Path) ->
         Encoder.load(p).encode_images([picture]) for p in (tmp_path / "model", checkpoint)
     )
     assert torch.equal(ours, theirs)
+    # Never over a checkpoint of a run.
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    result = publish(str(finished_run), str(checkpoint))
+    assert result.returncode == 2
+    assert "holds another checkpoint, not the model" in result.stderr
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
     # Again, and over what is not its own.
     assert publish(str(finished_run), f"{tmp_path}/model").returncode == 0
     (tmp_path / "model/mine.txt").write_text("mine")
@@ -107,6 +113,11 @@ def test_what_keeps_it_from_being_published_is_said(finished_run: Path, tmp_path
     assert "--push: me/model was not uploaded" in result.stderr
     assert "offline mode is enabled" in result.stderr
     assert json.loads((tmp_path / "model/manifest.json").read_text())["kind"] == "checkpoint"
+    result = publish(
+        str(finished_run), output, "--push=me/model", HF_ENDPOINT="http://127.0.0.1:1", HF_TOKEN="x"
+    )
+    assert result.returncode == 2
+    assert "--push: me/model was not uploaded" in result.stderr
     result = publish(str(tmp_path), output)
     assert result.returncode == 2
     assert "has no config.yaml, so it is no run" in result.stderr
