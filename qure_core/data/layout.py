@@ -220,7 +220,7 @@ class ImageFolder(Images):
     def __init__(self, uri: str, root: str | None = None) -> None:
         listing = storage.find_files(uri, root or uri)
         files: dict[str, list[str]] = {}
-        for file in listing.files:
+        for file in (file for file in listing.files if is_text(file)):
             if not is_hidden(file) and _SUFFIX.search(file):
                 files.setdefault(without_suffix(file), []).append(file)
         super().__init__(uri, {name: storage.join(uri, own[0]) for name, own in files.items()})
@@ -229,6 +229,11 @@ class ImageFolder(Images):
             Problem(uri, link, text)
             for link, text in listing.refused.items()
             if not is_hidden(link)
+        ]
+        self.problems += [
+            Problem(uri, ascii(file), "the name is no UTF-8; rename the file")
+            for file in listing.files
+            if not is_text(file) and _SUFFIX.search(file)
         ]
 
 

@@ -240,10 +240,13 @@ def make_triplets(
         groups: dict[str, list[str]] = defaultdict(list)
         for image in own:
             groups[catalogue.category_of.get(image, EVERYTHING)].append(image)
+        done = 0
         for category, members in sorted(groups.items()):
             if "/" in category or not category.strip("."):
                 raise InputError(f"{attributes}: {category!r} is no category: it names a file")
-            count = round(wanted[name] * len(members) / len(own))
+            # By its share of the images, so that all together are as many as are wanted.
+            before, done = done, done + len(members)
+            count = wanted[name] * done // len(own) - wanted[name] * before // len(own)
             split = make_split(catalogue, templates, category, name, members, count, seed)
             if split.triplets:
                 made.append(split)

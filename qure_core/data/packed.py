@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from qure_core import storage
 from qure_core.base.errors import InputError
-from qure_core.data.layout import IMAGE_SUFFIXES, without_suffix
+from qure_core.data.layout import IMAGE_SUFFIXES, is_text, without_suffix
 
 SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")
 _LOCATED = re.compile(r"(.*\.(?:parquet|arrow))#(\d+)\.(\d+)|(.*\.tar)#(\d+)\+(\d+)", re.DOTALL)
@@ -268,6 +268,9 @@ def _tar_entries(shard: str) -> pa.Table:
             stem, dot, suffix = file.partition(".")
             name = without_suffix(f"{folder.removeprefix('.')}/{stem}".strip("/"))
             if not member.isfile() or not stem or folder.startswith("__MACOSX"):
+                continue
+            if not is_text(name):
+                skipped += 1
                 continue
             if f"{dot}{suffix.lower()}" in IMAGE_SUFFIXES:
                 place = {"first": member.offset_data, "second": member.size}

@@ -31,8 +31,8 @@ class PackedImages(Images):
         self.notes = []
         if skipped:
             self.notes.append(
-                f"{uri}: {skipped:,} file(s) with a dot in their sample's name are not taken: "
-                "WebDataset ends a name at its first dot"
+                f"{uri}: {skipped:,} file(s) with a dot in their sample's name, or a name "
+                "that is no UTF-8, are not taken: WebDataset ends a name at its first dot"
             )
         self._categories = index["category"].combine_chunks()
         self._ids = index["image_id"].combine_chunks()

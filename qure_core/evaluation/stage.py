@@ -14,7 +14,7 @@ from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
 from qure_core.embeddings.stage import EmbedJob, embed_splits
 from qure_core.evaluation.protocols import Protocol, galleries_of, of_format
 from qure_core.evaluation.rows import ranking_row
-from qure_core.model.checkpoint_files import checkpoint_digest
+from qure_core.model.checkpoint_files import checkpoint_digest, checkpoint_pixels
 from qure_core.model.relevance import refuse_bad_scores
 from qure_core.ranking.blocks import QueryBlock, make_blocks, map_blocks, score_block
 from qure_core.runtime.resources import Plan
@@ -110,10 +110,12 @@ def evaluate_checkpoint(
         "gallery": settings.evaluation.gallery,
         "split": split.name,
         "vision_precision": settings.model.vision_precision,
+        "pixels": checkpoint_pixels(checkpoint),
     }
 
     def upgrade(manifest: dict[str, Any]) -> dict[str, Any]:
-        return _upgraded(output, manifest, protocol, split)
+        # Until it was said how, images were taken as stored.
+        return {"pixels": "released"} | _upgraded(output, manifest, protocol, split)
 
     job = evaluation_job(settings, split, output)
     if manifest := storage.kept(output, EVALUATION_KIND, facts, upgrade):

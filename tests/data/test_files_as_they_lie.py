@@ -115,6 +115,16 @@ def test_pipes_are_no_files_and_broken_links_are_missing_ones(tmp_path: Path) ->
     assert ImageFolder(str(tmp_path)).sorted() == ["a", "broken"]
 
 
+def test_names_that_are_no_text_are_problems(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb"):
+        pass
+    folder = ImageFolder(str(tmp_path))
+    assert folder.sorted() == ["a"]
+    (problem,) = folder.problems
+    assert str(problem).encode().endswith(b"the name is no UTF-8; rename the file")
+
+
 def test_links_to_folders(tmp_path: Path) -> None:
     """Followed inside the data root; loops and what leaves it are said, and nothing hangs."""
     root, images = tmp_path / "data", tmp_path / "data/images"

@@ -244,7 +244,7 @@ def test_a_tars_other_parts_are_passed_over_and_said(tmp_path: Path) -> None:
     assert found["image_id"].to_pylist() == ["x"]
     images = PackedImages("a", found.append_column("shard", [["a.tar"]]), 2)
     (note,) = images.notes
-    assert "2 file(s) with a dot in their sample's name are not taken" in note
+    assert "2 file(s) with a dot in their sample's name" in note
 
 
 def test_a_shard_that_is_gone_or_shorter_is_a_missing_or_damaged_image(tmp_path: Path) -> None:
