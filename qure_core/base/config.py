@@ -16,6 +16,8 @@ from pydantic_settings import (
 
 Pixels = Literal["upright", "released"]
 """How images are taken (`data.pixels`)."""
+Texts = Literal["tidy", "released"]
+"""How two captions are joined (`data.texts`)."""
 
 _FREE: dict[str, Any] = {"free": True}
 
@@ -81,7 +83,7 @@ class DataSettings(_Section):
         "and float values scaled, transparency laid on white, CMYK converted first) or released "
         "(as stored, bit-equal to the authors' program)",
     )
-    texts: Literal["tidy", "released"] = Field(
+    texts: Texts = Field(
         "tidy",
         description="FashionIQ's two captions joined: tidy leaves a blank one out, released writes "
         "'Is red and ' as the authors' program",

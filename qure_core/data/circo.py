@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qure_core import storage
 from qure_core.base.errors import Problem
-from qure_core.data.layout import Files, Names, check_row, read_rows, relevant_of
+from qure_core.data.layout import Files, Names, check_row, is_again, read_rows, relevant_of
 from qure_core.data.schema import Split, Triplet
 from qure_core.data.text import circo_prompt
 
@@ -53,13 +53,12 @@ def read_circo(root: str | Files, split: str) -> tuple[Split, list[Problem]]:
     problems += folder.problems
     known = Names(gallery, f"in {info_file}")
     triplets = []
-    seen: dict[int, int] = {}
+    seen: dict[int, str] = {}
     for index, row in enumerate(rows):
         if not check_row(row, fields, annotation_file, str(index), problems):
             continue
-        if (first := seen.setdefault(row["id"], index)) != index:
-            text = f"id {row['id']} is also that of row {first}; give each its own"
-            problems.append(Problem(annotation_file, str(index), text))
+        places = (str(index), f"row {index}")
+        if is_again(seen, "id", row["id"], places, annotation_file, problems):
             continue
         target = row.get("target_img_id")
         named = [row["reference_img_id"], *([target] if target is not None else [])]

@@ -10,7 +10,15 @@ from typing import Any
 
 from qure_core import storage
 from qure_core.base.errors import Problem
-from qure_core.data.layout import Files, Names, check_row, names_of, read_rows, safe_relative
+from qure_core.data.layout import (
+    Files,
+    Names,
+    check_row,
+    is_again,
+    names_of,
+    read_rows,
+    safe_relative,
+)
 from qure_core.data.schema import Split, Triplet
 
 CATEGORY = "cirr"
@@ -52,13 +60,12 @@ def read_cirr(root: str | Files, split: str) -> tuple[Split, list[Problem]]:
         problems += folder.problems
     known = Names(paths, f"in {split_file}")
     triplets = []
-    seen: dict[int, int] = {}
+    seen: dict[int, str] = {}
     for index, row in enumerate(rows):
         if not check_row(row, fields, caption_file, str(index), problems):
             continue
-        if (first := seen.setdefault(row["pairid"], index)) != index:
-            text = f"pairid {row['pairid']} is also that of row {first}; give each its own"
-            problems.append(Problem(caption_file, str(index), text))
+        places = (str(index), f"row {index}")
+        if is_again(seen, "pairid", row["pairid"], places, caption_file, problems):
             continue
         members = names_of(
             row["img_set"].get("members", []),

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from qure_core import storage
+from qure_core.base.config import Texts
 from qure_core.base.errors import InputError, Problem
 from qure_core.data.layout import Files, Names, check_row, is_text, read_rows, relevant_of
 from qure_core.data.schema import Split, Triplet
@@ -29,7 +30,7 @@ def read_fashioniq(
     root: str | Files,
     split: str,
     categories: Sequence[str] | None = None,
-    texts: Literal["tidy", "released"] = "tidy",
+    texts: Texts = "tidy",
 ) -> tuple[Split, list[Problem]]:
     """Read one split; faulty rows and missing images become problems, not exceptions.
 
@@ -91,7 +92,7 @@ def _read_triplets(
     category: str,
     split: str,
     gallery: Names,
-    texts: Literal["tidy", "released"],
+    texts: Texts,
     problems: list[Problem],
 ) -> tuple[list[Triplet], int]:
     """A category's triplets, and how many rows have a blank caption."""

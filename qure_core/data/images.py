@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import sys
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -40,7 +39,11 @@ def decode(data: bytes, uri: str, max_pixels: int, pixels: Pixels) -> Image.Imag
     very long image is padded to. ``pixels``: "upright" gives RGB as people see it
     (`data.pixels.upright`), "released" what is stored.
     """
-    image = decode_stored(data, uri, max_pixels)
+    return taken(decode_stored(data, uri, max_pixels), uri, pixels)
+
+
+def taken(image: Image.Image, uri: str, pixels: Pixels) -> Image.Image:
+    """A decoded ``image`` as ``pixels`` has it; `InputError` naming ``uri`` if that cannot be."""
     if pixels == "released":
         return image
     try:
@@ -90,7 +93,7 @@ def load_image(uri: str, max_pixels: int, pixels: Pixels) -> Image.Image:
 def read_stored(uri: str, limit: int | None = None) -> bytes:
     """The bytes of an image, or its first ``limit``: of a file of its own or in a shard."""
     if packed.shard_of(uri) is not None:
-        return packed.read(uri, sys.maxsize if limit is None else limit)
+        return packed.read(uri, limit)
     return storage.read_bytes(uri, limit)
 
 

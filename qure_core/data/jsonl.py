@@ -20,7 +20,7 @@ from typing import Any
 
 from qure_core import storage
 from qure_core.base.errors import InputError, Problem
-from qure_core.data.layout import Files, Images, check_row, relevant_of
+from qure_core.data.layout import Files, Images, check_row, is_again, relevant_of
 from qure_core.data.schema import Split, Triplet
 
 DEFAULT_CATEGORY = "all"
@@ -172,11 +172,8 @@ def read_jsonl(
     seen: dict[str, str] = {}
     for row in (row for row in rows if row.split == split):
         query_id = str(row.value.get("query_id", f"{split}.{row.line:06d}"))
-        if query_id in seen:
-            text = f"query_id {query_id!r} is also that of {seen[query_id]}; give each its own"
-            problems.append(Problem(file, row.where, text))
+        if is_again(seen, "query_id", query_id, (row.where, row.where), file, problems):
             continue
-        seen[query_id] = row.where
         reference = folder.canonical(row.value["reference"])
         target = folder.canonical(row.value["target"]) if "target" in row.value else None
         for role, name in (("reference", reference), ("target", target)):

@@ -58,12 +58,10 @@ def check_row(
             )
             good = False
         elif isinstance(row[name], str) and not is_text(row[name]):
-            problems.append(Problem(uri, where, f"{name!r} {_HALF}: {row[name]!r}"))
+            text = f"{name!r} holds half of a character, a lone surrogate: {row[name]!r}"
+            problems.append(Problem(uri, where, text))
             good = False
     return good
-
-
-_HALF = "holds half of a character, a lone surrogate"
 
 
 def is_text(value: Any) -> bool:
@@ -86,6 +84,26 @@ def names_of(
         problems.append(Problem(uri, where, f"{role} is not a list of image names: {shown}"))
         return ()
     return tuple(value)
+
+
+def is_again(
+    seen: dict[Any, str],
+    key: str,
+    value: Any,
+    places: tuple[str, str],
+    uri: str,
+    problems: list[Problem],
+) -> bool:
+    """Whether a row before, in ``seen``, has the same ``value`` of ``key``: then a problem.
+
+    ``places``: the row's, as problems and as sentences name it.
+    """
+    where, told = places
+    if (first := seen.setdefault(value, told)) == told:
+        return False
+    text = f"{key} {value!r} is also that of {first}; give each its own"
+    problems.append(Problem(uri, where, text))
+    return True
 
 
 def relevant_of(
@@ -153,8 +171,7 @@ class Names:
         """``name`` as images are called here: a suffix that only the row writes is left out."""
         if name in self._names:
             return name
-        name = plain(name)
-        short = _SUFFIX.sub("", name)
+        name, short = plain(name), without_suffix(name)
         return short if name not in self._names and short in self._names else name
 
     def nearest(self, name: str) -> str:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
 from qure_core import storage
@@ -23,6 +22,7 @@ from qure_core.data.hashing import image_stamps
 from qure_core.data.images import read_image_bytes
 from qure_core.data.packed import shard_of
 from qure_core.runtime.progress import Progress
+from qure_core.storage.parquet import write_row_groups
 
 PACKED_KIND = storage.Kind("packed images", r"images-\d{5}\.parquet")
 _SCHEMA = pa.schema(
@@ -104,27 +104,30 @@ def _pack(table: pa.Table, output: str, max_pixels: int) -> pa.Table:
     """Task: read a shard's images and write it."""
     (task,) = table.to_pylist()
     name = f"images-{task['number']:05d}.parquet"
+    # Image files are compressed already, and all different.
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     with storage.temporary_folder("pack") as folder:
         file = f"{folder}/{name}"
-        plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-        with pq.ParquetWriter(file, _SCHEMA, **plain) as writer:
-            group: list[dict[str, Any]] = []
-            held = 0
-            for image_id, category, uri in zip(
-                task["image_id"], task["category"], task["uri"], strict=True
-            ):
-                data = read_image_bytes(uri, max_pixels)
-                digest = hashlib.sha256(data).hexdigest()
-                row = {"image_id": image_id, "category": category, "sha256": digest}
-                group.append(row | {"image": data})
-                held += len(data)
-                if held >= _GROUP_BYTES:
-                    writer.write_table(pa.Table.from_pylist(group, _SCHEMA))
-                    group, held = [], 0
-            if group:
-                writer.write_table(pa.Table.from_pylist(group, _SCHEMA))
-        with open(file, "rb") as opened:
-            facts = {"bytes": opened.seek(0, 2), "sha256": storage.file_digest(file)}
+        write_row_groups(file, _groups(task, max_pixels), _SCHEMA, **plain)
+        facts = storage.facts_of_file(file)
         storage.put_file(file, storage.join(output, name))
     count = {"file": name, "images": len(task["uri"])}
     return pa.Table.from_pylist([count | facts])
+
+
+def _groups(task: dict[str, Any], max_pixels: int) -> Iterator[pa.Table]:
+    """A shard's rows, as many at a time as a row group holds."""
+    group: list[dict[str, Any]] = []
+    held = 0
+    for image_id, category, uri in zip(
+        task["image_id"], task["category"], task["uri"], strict=True
+    ):
+        data = read_image_bytes(uri, max_pixels)
+        row = {"image_id": image_id, "category": category, "image": data}
+        group.append(row | {"sha256": hashlib.sha256(data).hexdigest()})
+        held += len(data)
+        if held >= _GROUP_BYTES:
+            yield pa.Table.from_pylist(group, _SCHEMA)
+            group, held = [], 0
+    if group:
+        yield pa.Table.from_pylist(group, _SCHEMA)

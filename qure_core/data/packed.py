@@ -68,7 +68,7 @@ def order_of(uri: str) -> tuple[str, int, int]:
     return str(match[1] or match[4]), int(match[2] or match[5]), int(match[3] or match[6])
 
 
-def read(uri: str, limit: int) -> bytes:
+def read(uri: str, limit: int | None = None) -> bytes:
     """The bytes of one image in a shard, or its first ``limit``.
 
     Raises `FileNotFoundError` if the shard is gone, `InputError` if it has no such image.
@@ -76,8 +76,8 @@ def read(uri: str, limit: int) -> bytes:
     match = _LOCATED.fullmatch(uri)
     assert match is not None, uri
     if match[4]:
-        first, size = int(match[5]), min(int(match[6]), limit)
-        return _tar(match[4]).read(first, size)
+        first, size = int(match[5]), int(match[6])
+        return _tar(match[4]).read(first, size if limit is None else min(size, limit))
     shard, group, row = match[1], int(match[2]), int(match[3])
     try:
         value = _images_of(shard, group)[row].as_py()

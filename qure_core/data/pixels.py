@@ -59,7 +59,6 @@ def upright(image: Image.Image) -> Image.Image:
         image = image.transpose(turn)
         for name in _METADATA:  # or it would be turned again
             image.info.pop(name, None)
-        image.getexif().pop(ExifTags.Base.Orientation, None)
     if _is_deep(image):
         return _scaled(image).convert("RGB")
     if image.has_transparency_data:

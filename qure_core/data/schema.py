@@ -73,8 +73,11 @@ class Split:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
-def write_split(uri: str, split: Split) -> None:
-    """Commit ``split`` to directory ``uri`` as three Parquet files and a manifest."""
+def write_split(uri: str, split: Split, older: bool = False) -> None:
+    """Commit ``split`` to directory ``uri`` as three Parquet files and a manifest.
+
+    ``older``: its galleries are those of an older version (`is_older_split`).
+    """
     with storage.committed_directory(uri, SPLIT_KIND) as (directory, description):
         rows = [asdict(triplet) for triplet in split.triplets]
         pq.write_table(pa.Table.from_pylist(rows, _TRIPLETS), directory / "triplets.parquet")
@@ -90,6 +93,8 @@ def write_split(uri: str, split: Split) -> None:
             "triplets": len(split.triplets),
             "images": len(split.images),
         }
+        if older:
+            description[SPLIT_KIND.version_key] = _VERSION - 1
 
 
 def is_older_split(uri: str) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+
+from qure_core.base.config import Texts
 
 MAX_WORDS = 50
 
@@ -18,7 +19,7 @@ def clean_text(text: str) -> str:
     return " ".join(words[:MAX_WORDS])
 
 
-def join_fashioniq(captions: Sequence[str], texts: Literal["tidy", "released"] = "released") -> str:
+def join_fashioniq(captions: Sequence[str], texts: Texts = "released") -> str:
     """FashionIQ's two captions as one text, as the released QuRe program joins them.
 
     "tidy" leaves a blank caption out, where the program writes "Is red and ".

@@ -12,7 +12,7 @@ import ray.data
 
 from qure_core.base.config import DataSettings, Pixels
 from qure_core.base.errors import InputError, Problem
-from qure_core.data.images import decode, decode_stored, read_image_bytes
+from qure_core.data.images import decode_stored, read_image_bytes, taken
 from qure_core.data.pixels import changes, told
 from qure_core.data.positives import twins_said
 from qure_core.data.schema import Split
@@ -39,8 +39,9 @@ def _check_images(table: pa.Table, max_pixels: int, pixels: Pixels) -> pa.Table:
         try:
             data = read_image_bytes(uri, max_pixels)
             row["sha256"] = hashlib.sha256(data).hexdigest()
-            row["changes"] = changes(decode_stored(data, uri, max_pixels))
-            decode(data, uri, max_pixels, pixels).convert("RGB")
+            image = decode_stored(data, uri, max_pixels)
+            row["changes"] = changes(image)
+            taken(image, uri, pixels).convert("RGB")
         except InputError as error:
             row["fault"] = str(error).removeprefix(f"{uri}: ")
         rows.append(row)

@@ -53,11 +53,15 @@ def _checked(settings: Settings, uri: str, split: Split, learned: bool) -> Split
     return split
 
 
-def _keep(uri: str, split: Split) -> None:
-    """Write ``split`` if it is new, or its images have moved."""
-    if storage.is_committed(uri) and (read_split(uri) == split or is_older_split(uri)):
-        return
-    write_split(uri, split)
+def _keep(uri: str, split: Split, learned: bool) -> None:
+    """Write ``split`` if it is new, or its images have moved.
+
+    One that the run, which has ``learned`` from it, goes on with as it was begun (`_checked`) stays
+    known as such.
+    """
+    there = storage.is_committed(uri)
+    if not there or read_split(uri) != split:
+        write_split(uri, split, older=there and learned and is_older_split(uri))
 
 
 def _mined_among(settings: Settings, train: Split) -> tuple[Split, dict[str, tuple[str, ...]]]:
@@ -137,9 +141,9 @@ def prepare_data(settings: Settings) -> tuple[Split, Split | None, dict[str, tup
     own = training_images(train, corpora)  # as a round alone knows them
     train = _known(settings, train, {n: d for n, d in digest_of.items() if n in own})
     check_corpora(train, corpora, settings.train.negatives_per_triplet)
-    _keep(storage.join(folder, "train"), train)
+    _keep(storage.join(folder, "train"), train, learned)
     if val:
-        _keep(storage.join(folder, "val"), val)
+        _keep(storage.join(folder, "val"), val, learned)
     return train, val, corpora
 
 

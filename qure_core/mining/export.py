@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qure_core import storage
 from qure_core.base.errors import InputError
@@ -24,6 +23,7 @@ from qure_core.data.images import read_stored
 from qure_core.data.packed import shard_of
 from qure_core.data.schema import Split, Triplet
 from qure_core.mining.mined_set import read_mined_set
+from qure_core.storage.parquet import write_row_groups
 
 Format = Literal["jsonl", "sentence-transformers", "tevatron"]
 FORMATS: tuple[Format, ...] = ("jsonl", "sentence-transformers", "tevatron")
@@ -115,9 +115,8 @@ def _hugging_face(schema: pa.Schema, features: dict[str, Any]) -> pa.Schema:
 
 
 def _write_rows(file: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> None:
-    with pq.ParquetWriter(file, schema) as writer:
-        while some := list(islice(rows, _ROWS)):
-            writer.write_table(pa.Table.from_pylist(some, schema))
+    parts = iter(lambda: list(islice(rows, _ROWS)), [])
+    write_row_groups(file, (pa.Table.from_pylist(some, schema) for some in parts), schema)
 
 
 _IMAGE = {"_type": "Image"}

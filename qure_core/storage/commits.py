@@ -21,7 +21,7 @@ from typing import Any
 
 from qure_core.base.errors import InputError
 from qure_core.storage.files import (
-    file_digest,
+    facts_of_file,
     file_facts,
     filesystem,
     is_local,
@@ -72,7 +72,7 @@ def committed_directory(uri: str, kind: Kind) -> Iterator[tuple[Path, dict[str, 
         yield staging, description
         made = sorted(file for file in staging.rglob("*") if file.is_file())
         files = {
-            name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+            name: facts_of_file(file)
             for file in made
             if (name := str(file.relative_to(staging))) != STAGING_OWNER
         }

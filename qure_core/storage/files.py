@@ -329,6 +329,11 @@ def file_facts(data: memoryview | bytes) -> dict[str, int | str]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def facts_of_file(path: str | Path) -> dict[str, int | str]:
+    """`file_facts` of a local file."""
+    return {"bytes": os.path.getsize(path), "sha256": file_digest(path)}
+
+
 def file_digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,13 +23,23 @@ def write_parquet(uri: str, table: pa.Table) -> None:
     storage.write_bytes(uri, parquet_bytes(table))
 
 
+def write_row_groups(
+    file: str | Path, tables: Iterable[pa.Table], schema: pa.Schema, **options: Any
+) -> None:
+    """Write tables of one schema as one local file, a row group each, holding one at a time.
+
+    ``options`` are the writer's.
+    """
+    with pq.ParquetWriter(file, schema, **{"compression": "zstd"} | options) as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
 def write_parquet_parts(uri: str, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Write tables of one schema as one file, a row group each, holding one at a time."""
+    """`write_row_groups` at a URI, where the file appears whole."""
     with storage.temporary_folder("parquet") as folder:
         file = f"{folder}/part.parquet"
-        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            for table in tables:
-                writer.write_table(table)
+        write_row_groups(file, tables, schema)
         storage.put_file(file, uri)
 
 

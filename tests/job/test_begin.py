@@ -132,6 +132,20 @@ def test_an_older_run_goes_on_with_the_corpus_it_began_with(
     _, _, corpora = prepare_data(settings)
     assert corpora["all"] == tuple("abcdefgh")
     assert "this run was begun when images of other splits" in capsys.readouterr().out
+    # Its images may move: it is still known as what it is, and goes on again.
+    moved = settings.model_copy(deep=True)
+    moved.data.root = str(shutil.copytree(own, tmp_path / "moved"))
+    for _ in range(2):
+        assert prepare_data(moved)[2] == corpora
+        assert read_split(str(run / "data/train")).images["a"].startswith(moved.data.root)
+    # One that has not trained takes the data as they are now.
+    shutil.rmtree(run / "checkpoints")
+    rows = (own / "triplets.jsonl").read_text().splitlines()
+    (own / "triplets.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    prepare_data(settings)
+    assert len(read_split(str(run / "data/train")).triplets) == len(split.triplets) - 1
+    (own / "triplets.jsonl").write_text("\n".join(rows) + "\n")
+    checkpoint(run, "train", 1)
     # One of this version whose data changed is refused.
     write_split(str(run / "data/train"), older)
     with pytest.raises(InputError, match=r"the train split of .* has changed since this run began"):
