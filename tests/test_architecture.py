@@ -10,7 +10,7 @@ from pathlib import Path
 from conftest import ROOT
 
 LEVELS = [
-    *({"base"}, {"storage"}, {"runtime"}, {"data"}, {"model", "objectives"}, {"features"}),
+    *({"base"}, {"storage"}, {"runtime"}, {"data"}, {"model"}, {"objectives"}, {"features"}),
     *({"embeddings"}, {"ranking"}, {"mining"}, {"training", "evaluation"}, {"report"}, {"job"}),
 ]
 """From the bottom up: a room imports those below it, and itself."""

@@ -177,10 +177,14 @@ class TrainSettings(_Section):
 class ObjectiveSettings(_Section):
     name: str = Field(
         "bradley_terry",
-        description="loss of fine-tuning: bradley_terry (the paper's), or info_nce (the target "
-        "against all answers of the batch)",
+        description="loss of fine-tuning. Of a triplet and its negatives: bradley_terry (the "
+        "paper's), hinge, plackett_luce. Over the batch: info_nce, hn_nce, dcl, hcl, fnc",
     )
-    options: dict[str, Any] = Field({}, description="the objective's own settings, by name")
+    options: dict[str, Any] = Field(
+        {},
+        description="the objective's own settings, by name: temperature (a constant; null takes "
+        "the model's), and those in its file in qure_core/objectives",
+    )
 
 
 class MiningSettings(_Section):

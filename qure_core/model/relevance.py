@@ -1,4 +1,5 @@
-"""The relevance score of an image to a query. Q queries, M images, T tokens, D width."""
+"""The relevance score of an image to a query. Q queries, M images, B and A
+images of a batch, T tokens, D width."""
 
 from __future__ import annotations
 
@@ -16,6 +17,12 @@ def relevance_scores(query_QD: Tensor, image_MTD: Tensor) -> Tensor:
     picking images first would sum their gradients in no fixed order.
     """
     return torch.einsum("qd,mtd->qmt", query_QD, image_MTD).amax(dim=-1)
+
+
+def token_likeness(one_BTD: Tensor, other_ATD: Tensor) -> Tensor:
+    """How like images are to one another, [B, A]: the mean over an image's tokens of the largest
+    inner product with the other's. Of one vector each, their inner product. Not symmetric."""
+    return torch.einsum("bsd,atd->bsat", one_BTD, other_ATD).amax(dim=-1).mean(dim=1)
 
 
 def refuse_bad_scores(scores_QM: Tensor) -> None:

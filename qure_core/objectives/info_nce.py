@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
-from pydantic import BaseModel
 from torch import Tensor
 
+from qure_core.objectives import options as shared
 from qure_core.objectives.outputs import Outputs
 
 
 class InfoNCE:
-    """Per triplet, cross-entropy of the target among all answers that may be its negatives.
+    """Per triplet, cross-entropy of the target among all answers that are its negatives.
 
-    Those are its own negatives and other triplets' targets and negatives
-    (`Outputs.candidate_BA`), of scores divided by the temperature.
+    Of scores over the temperature. CLIP4CIR's loss has a constant temperature of 0.01 and the
+    targets alone as candidates, SPRC's the targets and the learned temperature.
     """
 
-    class Options(BaseModel, extra="forbid"):
-        """It has none."""
+    class Options(shared.InBatchOptions):
+        """directions: "query" (to answers), or "both": the mean of that and of the cross-entropy of
+        the query among those to which the target is a negative."""
+
+        directions: Literal["query", "both"] = "query"
 
     in_batch: ClassVar[bool] = True
 
     def __init__(self, options: Options) -> None:
-        del options
+        self.options = options
 
     def __call__(self, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-        scores_BA = outputs.scores_BA / outputs.temperature
-        # Sums of exponentials in half precision would say little.
-        scores_BA = scores_BA.to(torch.promote_types(scores_BA.dtype, torch.float32))
+        scores_BA = shared.precise(shared.divided(outputs.scores_BA, outputs, self.options))
+        negative_BA = shared.negatives_in_batch(outputs, self.options)
         target_B1 = outputs.target_B[:, None]
-        assert outputs.candidate_BA is not None, "an in-batch objective"
-        counted_BA = outputs.candidate_BA.scatter(1, target_B1, True)
-        whole_B = scores_BA.masked_fill(~counted_BA, -torch.inf).logsumexp(dim=1)
-        return whole_B - scores_BA.gather(1, target_B1).squeeze(1), {}
+        own_B = scores_BA.gather(1, target_B1).squeeze(1)
+        forward_B = shared.log_sum(scores_BA, negative_BA.scatter(1, target_B1, True)) - own_B
+        if self.options.directions == "query":
+            return forward_B, {}
+        back_BB, other_BB = (values[:, outputs.target_B].T for values in (scores_BA, negative_BA))
+        other_BB = other_BB.clone().fill_diagonal_(True)
+        return (forward_B + shared.log_sum(back_BB, other_BB) - own_B) / 2, {}

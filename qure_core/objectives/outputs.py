@@ -7,7 +7,7 @@ negatives of a triplet, T query tokens, D embedding width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -47,12 +47,14 @@ class Outputs:
 class Objective(Protocol):
     """From the outputs of a step to a loss and further figures per triplet.
 
+    options: its settings; of those, ``temperature`` is None where it takes the model's.
     in_batch: whether a triplet's loss depends on other triplets' answers. The outputs are then
     those of the whole batch on every worker, gathered with their gradients and without fillers, so
     that the loss is the same under any number of workers; the caller takes its own rows.
     """
 
     in_batch: ClassVar[bool]
+    options: Any
 
     def __call__(self, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses [B], and figures [B] by name, of which training tells the mean."""

@@ -66,6 +66,7 @@ class _Task:
     final_lr: float
     weight_decay: float
     batches: Callable[[int], Sequence[Callable[[], Batch]]]
+    temperature: float | None = None  # where it is no parameter
 
 
 def _make_task(
@@ -121,6 +122,7 @@ def _make_task(
         train.lr * train.final_lr_ratio,
         train.weight_decay,
         triplet_epoch,
+        objective.options.temperature,
     )
 
 
@@ -210,7 +212,7 @@ def train_segment(segment: Segment, board: Any = None) -> None:
             "epoch": epoch + 1,
             **epoch_figures(sums),
             "lr": rate,
-            "temperature": float(model.temperature.detach()),
+            "temperature": task.temperature or float(model.temperature.detach()),
             "samples": sum(sums.counts),
             **measured,
             "features": "stored" if segment.features else "computed",

@@ -29,6 +29,9 @@ class TripletStep(nn.Module):
     def __init__(self, model: QuReModel, objective: Objective) -> None:
         super().__init__()
         self.objective = objective
+        if objective.options.temperature is not None:
+            # The model's gets no gradient, which workers would wait for, and is not to decay.
+            model.temperature.requires_grad_(False)
         self._model = (model,)  # in a tuple, which registers nothing
         self.trained = model.trained_part()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Recipe:
 
     batch_size: int
     objective: str = "bradley_terry"
+    options: tuple[tuple[str, Any], ...] = ()
     negatives: int = 1
     seed: int = 1000
     lr: float = 1e-3
