@@ -56,12 +56,19 @@ def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
     from qure_core.job.resume import check_settings
     from qure_core.mining.describe import round_table
     from qure_core.mining.mined_set import MINED_KIND, upgraded
-    from qure_core.mining.stage import check_round_place, hold_round, mine_round, round_facts
+    from qure_core.mining.stage import (
+        check_mining,
+        check_round_place,
+        hold_round,
+        mine_round,
+        round_facts,
+    )
     from qure_core.model.checkpoint_files import CHECKPOINT_KIND
     from qure_core.runtime.monitor import monitored
     from qure_core.runtime.resources import connect, plan_resources
 
     settings, chosen = arguments
+    check_mining(settings)
     checkpoint = (
         storage.resolve(chosen.checkpoint) if chosen.checkpoint else newest_checkpoint(settings)
     )

@@ -189,7 +189,19 @@ class ObjectiveSettings(_Section):
 
 class MiningSettings(_Section):
     rule: str = Field(
-        "steep_drops", description="which images are hard negatives: steep_drops, the paper's"
+        "steep_drops",
+        description="which images are hard negatives: steep_drops (the paper's), top_k, "
+        "margin_pos, perc_pos, simans, target_drop, random",
+    )
+    options: dict[str, Any] = Field(
+        {},
+        description="the rule's own settings, by name, as in its file in qure_core/mining/rules "
+        "(steep_drops has those below)",
+    )
+    veto: str | None = Field(
+        None,
+        description="a second checkpoint's directory, a path or URI: images that it scores above a "
+        "query's target are never its negatives",
     )
     corpus: str | None = _free(
         None,
@@ -206,19 +218,21 @@ class MiningSettings(_Section):
     window_ranks: int | None = Field(
         None,
         ge=4,
-        description="seek drops among so many images below the target (default: all, as released)",
+        description="steep_drops: seek drops among so many images below the target (default: all, "
+        "as released)",
     )
     window_quantile: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="seek drops in this share of the images below the target (default: all)",
+        description="steep_drops: seek drops in this share of the images below the target "
+        "(default: all)",
     )
     min_steepness: float | None = Field(
         None,
         gt=0,
-        description="below this ratio of both drops to the typical gap beside them a query takes "
-        "the named fallback 'smooth': all images below the target, within the window "
+        description="steep_drops: below this ratio of both drops to the typical gap beside them a "
+        "query takes the named fallback 'smooth': all images below the target, within the window "
         "(default: any drop will do)",
     )
     max_negatives: int | None = Field(

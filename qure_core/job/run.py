@@ -30,7 +30,7 @@ from qure_core.job.resume import begin, save_config
 from qure_core.job.tracking import check_tracker, track
 from qure_core.job.weights import first_checkpoint, pretrain
 from qure_core.mining.describe import round_table
-from qure_core.mining.stage import hold_round, mine_round, mining_job, mining_rule
+from qure_core.mining.stage import check_mining, hold_round, mine_round, mining_job
 from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch
 from qure_core.objectives import make_objective
 from qure_core.report.build import build_report
@@ -48,7 +48,7 @@ def run(settings: Settings) -> dict[str, Any]:
     check_apart(run_dir, settings.data.root)
     check_tracker(settings)
     make_objective(settings.objective.name, settings.objective.options)
-    mining_rule(settings)
+    check_mining(settings)
     claim_run(run_dir)
     connect()
     events = storage.join(run_dir, "events.jsonl")

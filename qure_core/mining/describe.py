@@ -28,6 +28,10 @@ def round_table(manifest: dict[str, Any]) -> str:
         lines.append(
             f"  known answers left out   {known['images']:>12,}  of {known['queries']:,} queries"
         )
+    if (vetoed := statistics["vetoed"])["images"]:
+        lines.append(
+            f"  vetoed by a second model {vetoed['images']:>12,}  of {vetoed['queries']:,} queries"
+        )
     for key, label, form in (
         ("set_size", "negatives per query", ",.0f"),
         ("margin_to_target", "target - negatives", ".4f"),

@@ -14,8 +14,9 @@ from qure_core import storage
 from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.storage.parquet import read_committed_parquet
 
-SCHEMA_VERSION = 4
-"""4: ``known_positives``. 3: the rule's facts are a struct, ``details``; until 2 those of steep
+SCHEMA_VERSION = 5
+"""5: ``negative_weights``, ``vetoed`` and the settings of a veto.
+4: ``known_positives``. 3: the rule's facts are a struct, ``details``; until 2 those of steep
 drops were columns."""
 
 # The names beside the parts begin with an underscore, which readers of Parquet directories skip.
@@ -45,6 +46,8 @@ def mined_schema(details: Mapping[str, Any]) -> pa.Schema:
             ("known_positives", pa.int64()),  # of the corpus, which could not be in it
             ("negative_ids", pa.large_list(pa.dictionary(pa.int32(), pa.string()))),
             ("negative_scores", pa.large_list(pa.float32())),
+            ("negative_weights", pa.large_list(pa.float32())),  # None: all are equally likely
+            ("vetoed", pa.int64()),  # images that a second model kept out; None without one
             ("status", pa.string()),
             ("details", _arrow_type(details)),
             ("curve_ranks", pa.list_(pa.int64())),  # points of the query's whole sorted curve
@@ -73,6 +76,18 @@ class MinedSet:
             query_id: values[offsets[row] : offsets[row + 1]] for row, query_id in enumerate(ids)
         }
 
+    def weights(self) -> dict[str, np.ndarray]:
+        """Weights of the negatives of those queries whose negatives are not equally likely."""
+        column = self.table["negative_weights"].combine_chunks()
+        if column.null_count == len(column):
+            return {}
+        ids, values = self.table["query_id"].to_pylist(), column.to_pylist()
+        return {
+            query_id: np.asarray(own)
+            for query_id, own in zip(ids, values, strict=True)
+            if own is not None
+        }
+
     def rows(self, query_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The named queries' rows, without their negatives: {query id: row}."""
         names = [name for name in self.table.column_names if not name.startswith("negative_")]
@@ -95,6 +110,9 @@ def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
         # As the released program: nothing but targets was known, and images were as stored.
         settings |= {"known_positives": None, "pixels": "released"}
         statistics["known_positives"] = {"queries": 0, "images": 0}
+    if version < 5:
+        settings["veto"] = None
+        statistics["vetoed"] = {"queries": 0, "images": 0}
     today = {"schema_version": SCHEMA_VERSION, "settings": settings, "rule": rule}
     return manifest | today | {"statistics": statistics}
 
@@ -114,12 +132,19 @@ def read_mined_set(uri: str, columns: list[str] | None = None) -> MinedSet:
     if columns and "details" in columns:
         # Of an older version's file these are there instead; Parquet passes over what is not.
         columns = [*columns, *_OLD_DETAILS]
-    tables = [_today(read_committed_parquet(uri, name, manifest, columns)) for name in parts]
+    version = int(storage.read_manifest(uri, MINED_KIND).get("schema_version", SCHEMA_VERSION))
+    tables = [
+        _today(read_committed_parquet(uri, name, manifest, columns), version) for name in parts
+    ]
     return MinedSet(uri, manifest, pa.concat_tables(tables).unify_dictionaries())
 
 
-def _today(table: pa.Table) -> pa.Table:
+def _today(table: pa.Table, version: int) -> pa.Table:
     """A part's table as today's are, whichever version wrote it."""
+    if version < 5 and "negative_scores" in table.column_names:
+        for name in ("negative_weights", "vetoed"):
+            field = mined_schema({"none": "string"}).field(name)
+            table = table.append_column(field, pa.nulls(len(table), field.type))
     if "num_negatives" in table.column_names and "known_positives" not in table.column_names:
         place = table.column_names.index("num_negatives") + 1
         none = pa.array([0] * len(table), pa.int64())

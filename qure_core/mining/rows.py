@@ -26,8 +26,9 @@ class MinedRow:
     """What is mined for one query.
 
     status, details: what the rule says of it. size: images in the set. negative_keys: sorted keys
-    of those that are listed, all or a sample. curve: (ranks, scores) of a few points of the
-    ranking, always those around the target and the rule's marks.
+    of those that are listed, all or a sample; negative_weights: of a rule that is a distribution,
+    theirs. vetoed: images that a second model kept out. curve: (ranks, scores) of a few points of
+    the ranking, always those around the target and the rule's marks.
     """
 
     target_score: float
@@ -37,6 +38,8 @@ class MinedRow:
     size: int
     negative_keys: np.ndarray
     curve: tuple[np.ndarray, np.ndarray]
+    negative_weights: np.ndarray | None = None
+    vetoed: int | None = None
 
 
 @lru_cache(maxsize=64)
@@ -54,15 +57,23 @@ def curve_ranks(length: int, marks: Sequence[int]) -> np.ndarray:
     return ranks[np.flatnonzero(ranks[1:] != ranks[:-1])]
 
 
+def sample_places(
+    keys: np.ndarray, query_word: torch.Tensor, image_words: torch.Tensor | None, wanted: int | None
+) -> np.ndarray | slice:
+    """Places of the ``wanted`` of ``keys`` that have the lowest priority for this query, or all."""
+    if wanted is None or len(keys) <= wanted:
+        return slice(None)
+    assert image_words is not None
+    columns = key_columns(torch.from_numpy(keys))
+    return lowest(priorities(query_word, image_words[columns]), wanted).numpy()
+
+
 def sample_keys(
     keys: np.ndarray, query_word: torch.Tensor, image_words: torch.Tensor | None, wanted: int | None
 ) -> np.ndarray:
-    """``keys``, or the ``wanted`` of them that have the lowest priority for this query."""
-    if wanted is None or len(keys) <= wanted:
-        return keys
-    assert image_words is not None
-    columns = key_columns(torch.from_numpy(keys))
-    return keys[lowest(priorities(query_word, image_words[columns]), wanted).numpy()]
+    """``keys``, or the `sample_places` of them."""
+    sample: np.ndarray = keys[sample_places(keys, query_word, image_words, wanted)]
+    return sample
 
 
 def rows_of(
@@ -82,6 +93,8 @@ def rows_of(
         places = torch.from_numpy(np.append(ranks, target))
         scores = key_scores(keys_QM[q, places]).numpy()
         keys = keys_QM[q, selection.ranks(q)].numpy()
+        kept = sample_places(keys, query_words[q], image_words, max_negatives)
+        weights = selection.weights[q][kept] if selection.weights else None
         rows.append(
             MinedRow(
                 target_score=float(scores[-1]),
@@ -89,8 +102,10 @@ def rows_of(
                 status=statuses[status],
                 details=selection.details[q],
                 size=len(keys),
-                negative_keys=sample_keys(keys, query_words[q], image_words, max_negatives).copy(),
+                negative_keys=keys[kept].copy(),
                 curve=(ranks, scores[:-1]),
+                negative_weights=weights,
+                vetoed=None if ranked.vetoed_Q is None else int(ranked.vetoed_Q[q]),
             )
         )
     return rows
@@ -121,6 +136,10 @@ def to_table(
         "negative_scores": pa.LargeListArray.from_arrays(
             offsets, pa.array(key_scores(keys).numpy(), pa.float32())
         ),
+        "negative_weights": pa.array(
+            [row.negative_weights for row in rows], pa.large_list(pa.float32())
+        ),
+        "vetoed": [row.vetoed for row in rows],
         "known_positives": [len(positives.intersection(t.positive_ids)) for t in triplets],
         "status": [row.status for row in rows],
         "details": [dict(row.details) for row in rows],

@@ -13,6 +13,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,10 +73,11 @@ def mine_round(
     facts = round_facts(settings, checkpoint, split, corpora, epoch)
     mining = settings.mining
     job = mining_job(split, corpora, output, mining.stored)
-    scratch = f"{output}-scratch"
+    scratch, veto = f"{output}-scratch", _veto_job(settings, split, corpora, output)
     if manifest := storage.kept(output, MINED_KIND, facts, upgraded):
         # A process that was killed between the commit and its tidying left these.
         storage.discard(job.output, EMBEDDINGS_KIND)
+        storage.discard(f"{output}-veto-embeddings", EMBEDDINGS_KIND)
         storage.discard(scratch, SCRATCH_KIND)
         return manifest
     check_round_place(output)
@@ -84,6 +86,8 @@ def mine_round(
     # The pass may have been made, for this and other stages together, before this call.
     embed_seconds = storage.read_manifest(job.output, EMBEDDINGS_KIND)["seconds"]
     embedded = time.monotonic()
+    if veto:
+        embed_splits(str(mining.veto), [veto], settings, plan, mining.corpus_shards)
     engine = choose_engine(settings, corpora)
     blocks = _blocks(settings, engine, split.triplets, corpora)
     layout = {"engine": engine, "blocks": [[b.category, len(b.triplets)] for b in blocks]}
@@ -101,6 +105,7 @@ def mine_round(
         max_negatives=mining.max_negatives,
         precision=mining.precision,
         memory_bytes=mining.memory_mb * 2**20,
+        veto_uri=veto.output if veto else None,
     )
     name = f"mine epoch {facts['epoch']}"
     seconds: dict[str, float] = {}
@@ -138,6 +143,7 @@ def mine_round(
     lease.check()
     storage.write_manifest(output, MINED_KIND, description, [part_name(b.number) for b in blocks])
     storage.discard(job.output, EMBEDDINGS_KIND)
+    storage.discard(f"{output}-veto-embeddings", EMBEDDINGS_KIND)
     storage.discard(scratch, SCRATCH_KIND)
     return read_round(output)
 
@@ -147,6 +153,7 @@ def check_round_place(output: str, setting: str = "") -> None:
     for uri, kind in (
         (output, MINED_KIND),
         (f"{output}-embeddings", EMBEDDINGS_KIND),
+        (f"{output}-veto-embeddings", EMBEDDINGS_KIND),
         (f"{output}-scratch", SCRATCH_KIND),
     ):
         storage.check_place(uri, kind, setting)
@@ -185,6 +192,7 @@ def round_facts(
             "embed_batch": settings.cluster.embed_batch,
             "vision_precision": settings.model.vision_precision,
             "pixels": checkpoint_pixels(checkpoint),
+            "veto": checkpoint_digest(mining.veto) if mining.veto else None,
         },
     }
 
@@ -195,9 +203,24 @@ def mining_rule(settings: Settings) -> Rule:
     return rule
 
 
+def check_mining(settings: Settings) -> None:
+    """Raise `InputError` if the rule or its veto cannot be what the settings name."""
+    mining_rule(settings)
+    if veto := settings.mining.veto:
+        try:
+            checkpoint_digest(veto)
+        except InputError as error:
+            raise InputError(f"mining.veto: {error}") from None
+
+
 def choose_engine(settings: Settings, corpora: dict[str, tuple[str, ...]]) -> str:
     """The engine of a round: as set, or by the size of the largest corpus."""
     rule = mining_rule(settings)
+    if settings.mining.engine == "streaming" and settings.mining.veto:
+        raise InputError(
+            "mining.engine: a veto needs whole rankings, which 'streaming' does not make; set "
+            "mining.engine to 'auto' or 'sort'"
+        )
     if settings.mining.engine == "streaming" and not rule.streams:
         raise InputError(
             f"mining.engine: the rule {rule.name} needs whole rankings, which 'streaming' does not "
@@ -206,7 +229,8 @@ def choose_engine(settings: Settings, corpora: dict[str, tuple[str, ...]]) -> st
     if settings.mining.engine != "auto":
         return settings.mining.engine
     largest = max(len(ids) for ids in corpora.values())
-    return "streaming" if largest >= STREAMING_FROM and rule.streams else "sort"
+    streams = rule.streams and not settings.mining.veto
+    return "streaming" if largest >= STREAMING_FROM and streams else "sort"
 
 
 def _blocks(
@@ -302,6 +326,16 @@ def mining_job(
     return EmbedJob(split, corpus, f"{output}-embeddings", dtype)
 
 
+def _veto_job(
+    settings: Settings, split: Split, corpora: dict[str, tuple[str, ...]], output: str
+) -> EmbedJob | None:
+    """The embeddings of the same images and queries by the second model, if there is one."""
+    if not settings.mining.veto:
+        return None
+    same = mining_job(split, corpora, output, settings.mining.stored)
+    return replace(same, output=f"{output}-veto-embeddings")
+
+
 def corpus_digest(corpora: dict[str, tuple[str, ...]]) -> str:
     """A short digest of which images each category mines among."""
     digest = hashlib.sha256()
@@ -355,9 +389,9 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 def summarise(rows: list[dict[str, Any]], rule: Rule) -> dict[str, Any]:
     """Statistics of a round from its blocks' results, independent of how it was cut."""
-    sizes, margins, ranks, codes, known = (
+    sizes, margins, ranks, codes, known, vetoed = (
         np.concatenate([np.asarray(row[name]) for row in rows])
-        for name in ("sizes", "margins", "ranks", "codes", "known_positives")
+        for name in ("sizes", "margins", "ranks", "codes", "known_positives", "vetoed")
     )
     statuses = {name: int((codes == i).sum()) for i, name in enumerate(rule.statuses)}
     statistics = {
@@ -367,6 +401,7 @@ def summarise(rows: list[dict[str, Any]], rule: Rule) -> dict[str, Any]:
         "margin_to_target": _quantiles(margins),
         "target_rank": _quantiles(ranks),
         "known_positives": {"queries": int((known > 0).sum()), "images": int(known.sum())},
+        "vetoed": {"queries": int((vetoed > 0).sum()), "images": int(vetoed.sum())},
     }
     for name in rule.figures:
         values = np.concatenate([np.asarray(row[f"figure_{name}"]) for row in rows])

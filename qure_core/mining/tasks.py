@@ -35,6 +35,7 @@ from qure_core.mining.rows import MinedRow, rows_of, to_table
 from qure_core.mining.rules import IMAGE_TOKENS, Rule
 from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.mining.sampling import image_words, query_words, threshold_for
+from qure_core.model.relevance import refuse_bad_scores
 from qure_core.ranking.blocks import QueryBlock, score_block
 from qure_core.ranking.tiles import IMAGE_TILE, QUERY_TILE, Scorer, query_embeddings, score_chunks
 from qure_core.storage.parquet import read_parquet_parts, write_parquet_parts
@@ -64,6 +65,7 @@ class RoundTask:
     max_negatives: int | None
     precision: str
     memory_bytes: int
+    veto_uri: str | None = None  # embeddings of the second model (``mining.veto``)
 
     def words(
         self, block: QueryBlock, first: int = 0, last: int | None = None
@@ -113,9 +115,15 @@ def _sorted_rows(block: QueryBlock, task: RoundTask, dtype: torch.dtype) -> Iter
     held = task.memory_bytes // 2 // (SORT_BYTES * len(block.corpus))
     step = min(max(1, held), QUERY_TILE)
     tokens = _image_tokens(embeddings, block) if IMAGE_TOKENS in task.rule.needs else None
+    vetoed_QM = None
+    if task.veto_uri:
+        theirs_QM = score_block(EmbeddingShards.open(task.veto_uri), block, dtype)
+        refuse_bad_scores(theirs_QM)
+        vetoed_QM = theirs_QM > theirs_QM.gather(1, target_Q[:, None].to(theirs_QM.device))
     for first in range(0, len(block.triplets), step):
         part = slice(first, first + step)
-        ranked = rank_queries(scores_QM[part], target_Q[part], left_out_QE[part], tokens)
+        theirs = None if vetoed_QM is None else vetoed_QM[part]
+        ranked = rank_queries(scores_QM[part], target_Q[part], left_out_QE[part], tokens, theirs)
         selection = task.rule.select(ranked)
         statuses, words = task.rule.statuses, query_word_Q[part]
         yield from rows_of(ranked, selection, statuses, words, image_word_M, task.max_negatives)
@@ -178,7 +186,7 @@ def _peak_mb() -> float:
 
 STATISTICS_COLUMNS = [
     *("target_score", "target_rank", "num_negatives", "negative_scores", "status"),
-    "known_positives",
+    *("known_positives", "vetoed"),
 ]
 
 
@@ -193,6 +201,7 @@ def block_statistics(rows: pa.RecordBatch, rule: Rule) -> dict[str, np.ndarray]:
         "ranks": rows["target_rank"].to_numpy().astype(np.int64),
         "codes": np.asarray(codes, np.int64),
         "known_positives": rows["known_positives"].to_numpy().astype(np.int64),
+        "vetoed": rows["vetoed"].fill_null(0).to_numpy().astype(np.int64),
     }
     for name in rule.figures:
         values = rows["details"].field(name)

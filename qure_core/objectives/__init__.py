@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ValidationError
-
 from qure_core.base.errors import InputError
+from qure_core.base.options import read_options
 from qure_core.objectives.bradley_terry import BradleyTerry
 from qure_core.objectives.dcl import DCL
 from qure_core.objectives.fnc import FNC
@@ -36,13 +35,5 @@ def make_objective(name: str, options: dict[str, Any]) -> Objective:
     if name not in OBJECTIVES:
         raise InputError(f"objective.name: {name!r} is not one of {', '.join(sorted(OBJECTIVES))}")
     kind = OBJECTIVES[name]
-    try:
-        objective: Objective = kind(kind.Options(**options))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(
-            f"objective.options.{place}: {first['msg']} ({name} has the options "
-            f"{', '.join(kind.Options.model_fields) or 'none'})"
-        ) from None
+    objective: Objective = kind(read_options(kind.Options, options, "objective.options", name))
     return objective

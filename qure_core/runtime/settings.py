@@ -160,5 +160,7 @@ def load_settings(
         settings.data.images = storage.resolve(settings.data.images)
     if settings.mining.corpus is not None:
         settings.mining.corpus = storage.resolve(settings.mining.corpus)
+    if settings.mining.veto is not None:
+        settings.mining.veto = storage.resolve(settings.mining.veto)
     settings.feature_store.dir = storage.resolve(settings.feature_store.dir)
     return settings, namespace

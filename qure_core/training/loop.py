@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -99,7 +100,10 @@ def _make_task(
     corpora: dict[str, list[str]] = storage.read_json(
         storage.join(segment.run_dir, "data", "corpora.json")
     )
-    mined = read_mined_set(segment.mined_uri).negatives() if segment.mined_uri else None
+    mined: dict[str, np.ndarray] | None = None
+    if segment.mined_uri:
+        mined_set = read_mined_set(segment.mined_uri)
+        mined, weights = mined_set.negatives(), mined_set.weights()
     objective = make_objective(settings.objective.name, settings.objective.options)
     count = train.negatives_per_triplet
 
@@ -109,7 +113,8 @@ def _make_task(
                 return random_negatives(triplet, corpora[triplet.category], seed, epoch, count)
             assert segment.mined_at is not None
             query = triplet.query_id
-            return mined_negatives(query, mined[query], seed, segment.mined_at, epoch, count)
+            at, own = segment.mined_at, weights.get(query)
+            return mined_negatives(query, mined[query], seed, at, epoch, count, own)
 
         build = TripletBatches(split.triplets, negatives_of, load, processor, objective.in_batch)
         order = epoch_order(len(split.triplets), seed, epoch)

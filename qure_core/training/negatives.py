@@ -34,13 +34,38 @@ def random_negatives(
 
 
 def mined_negatives(
-    query_id: str, negatives: np.ndarray, seed: int, mined_at: int, epoch: int, count: int = 1
+    query_id: str,
+    negatives: np.ndarray,
+    seed: int,
+    mined_at: int,
+    epoch: int,
+    count: int = 1,
+    weights: np.ndarray | None = None,
 ) -> tuple[str, ...]:
     """``count`` hard negatives an epoch, without replacement until the set is exhausted, then
-    afresh."""
+    afresh.
+
+    With ``weights`` they are drawn in proportion to them, anew in every epoch, without replacement
+    until those that have any weight are exhausted.
+    """
+    if weights is not None:
+        return _weighted(query_id, negatives, weights, seed, epoch, count)
     drawn = []
     for number in range((epoch - mined_at) * count, (epoch - mined_at + 1) * count):
         cycle, place = divmod(number, len(negatives))
         rng = generator(seed, "hard negative", mined_at, query_id, cycle)
         drawn.append(str(negatives[rng.permutation(len(negatives))[place]]))
     return tuple(drawn)
+
+
+def _weighted(
+    query_id: str, negatives: np.ndarray, weights: np.ndarray, seed: int, epoch: int, count: int
+) -> tuple[str, ...]:
+    rng = generator(seed, "weighted negative", epoch, query_id)
+    share = weights / weights.sum()
+    some = int(np.count_nonzero(share))
+    places: list[int] = []
+    while len(places) < count:
+        wanted = min(count - len(places), some)
+        places += rng.choice(len(share), wanted, replace=False, p=share).tolist()
+    return tuple(str(negatives[place]) for place in places)

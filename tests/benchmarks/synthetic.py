@@ -44,6 +44,7 @@ def write_embeddings(
     shard: int,
     dtype: torch.dtype = torch.float32,
     facts: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> None:
     """Commit random embeddings of a split's images and queries, ``shard`` images a file."""
     ids = list(split.galleries["all"])
@@ -53,8 +54,8 @@ def write_embeddings(
         own = ids[number * shard : (number + 1) * shard]
         bounds = [len(split.triplets) * n // shards for n in (number, number + 1)]
         queries = [t.query_id for t in split.triplets[slice(*bounds)]]
-        values = unit_vectors((len(own), tokens, width), 2 * number, dtype)
-        vectors = unit_vectors((len(queries), width), 2 * number + 1, torch.float32)
+        values = unit_vectors((len(own), tokens, width), 2 * number + 1000 * seed, dtype)
+        vectors = unit_vectors((len(queries), width), 2 * number + 1 + 1000 * seed, torch.float32)
         image_file, query_file = shard_files(number)
         write_shard(uri, image_file, own, values)
         write_shard(uri, query_file, queries, vectors)

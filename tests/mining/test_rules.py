@@ -140,7 +140,7 @@ def test_a_later_schema_is_refused(tmp_path: Path) -> None:
     write_json(str(tmp_path / "part-00000.parquet"), {})
     manifest = {"epoch": 1, "schema_version": SCHEMA_VERSION + 1}
     write_manifest(str(tmp_path), MINED_KIND, manifest, ["part-00000.parquet"])
-    with pytest.raises(InputError, match="a mined set of version 5, where this"):
+    with pytest.raises(InputError, match="a mined set of version 6, where this"):
         read_mined_set(str(tmp_path))
 
 
@@ -153,7 +153,7 @@ def test_engines_that_cannot_serve_a_rule_are_refused(monkeypatch: pytest.Monkey
     with pytest.raises(InputError, match="the rule alternate needs whole rankings"):
         choose_engine(Settings(mining={"rule": "alternate", "engine": "streaming"}), many)
     with pytest.raises(
-        InputError, match=r"mining.rule: 'steep' is not one of alternate, steep_drops"
+        InputError, match=r"mining.rule: 'steep' is not one of alternate, margin_pos"
     ):
         rule_named("steep")
 

@@ -22,7 +22,7 @@ from qure_core.data.images import load_image
 from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
 from qure_core.embeddings.stage import embed_splits
 from qure_core.mining import STATUSES, read_mined_set, steep_drop_negatives
-from qure_core.mining.describe import round_table
+from qure_core.mining.describe import describe_round, round_table
 from qure_core.mining.mined_set import MINED_KIND, mined_schema
 from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.mining.stage import SCRATCH_KIND, check_corpora, hold_round, mine_round, mining_job
@@ -235,7 +235,7 @@ def test_manifest_commits_the_round(
         == len(data[0].triplets)
         == sum(manifest["statistics"]["statuses"].values())
     )
-    assert manifest["schema_version"] == 4
+    assert manifest["schema_version"] == 5
     assert manifest["rule"]["name"] == "steep_drops"
     assert manifest["settings"]["exclude_reference"] is True
     assert manifest["peak_task_memory_mb"] > 0
@@ -266,6 +266,28 @@ def test_manifest_commits_the_round(
     mine(data, checkpoint[0], mined)
     assert not any(leftover.exists() for leftover in leftovers)
     assert (Path(mined) / "_manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_second_model_that_agrees_vetoes_all_above_the_target(
+    data: tuple[Split, dict[str, tuple[str, ...]]],
+    checkpoint: tuple[str, QuReModel, QuReProcessor],
+    mined: str,
+    tmp_path: Path,
+) -> None:
+    output = str(tmp_path / "vetoed")
+    manifest = mine(data, checkpoint[0], output, veto=checkpoint[0])
+    assert manifest["settings"]["veto"] == manifest["checkpoint"]
+    before = {row["query_id"]: row for row in read_mined_set(mined).table.to_pylist()}
+    rows = read_mined_set(output).table.to_pylist()
+    for row in rows:
+        was = before[row["query_id"]]
+        if was["status"] != "corpus":  # where nothing ranks below the target none would be left
+            assert (row["target_rank"], row["vetoed"]) == (0, was["target_rank"])
+            assert row["negative_ids"] == was["negative_ids"]
+    vetoed = sum(row["vetoed"] for row in rows)
+    assert manifest["statistics"]["vetoed"]["images"] == vetoed > 0
+    assert "vetoed by a second model" in describe_round(output)
+    assert not list(tmp_path.glob("*-embeddings"))
 
 
 def test_a_truncated_part_is_noticed(mined: str, tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ class Ranked:
     keys_QM: sorted keys (`mining.engines.keys`); what is left out is last.
     length_Q: images ranked, M or M - 1. target_rank_Q: rank of the target.
     image_tokens: for a rule that needs them, gives the embeddings of corpus columns [n]: [n, T, D].
+    vetoed_Q: how many images a second model kept out of each; None without one.
     """
 
     keys_QM: Tensor
     length_Q: Tensor
     target_rank_Q: Tensor
     image_tokens: Callable[[Tensor], Tensor] | None = None
+    vetoed_Q: Tensor | None = None
 
     @cached_property
     def scores_QM(self) -> Tensor:

@@ -17,13 +17,15 @@ def rank_queries(
     target_Q: Tensor,
     left_out_QE: Tensor | None = None,
     image_tokens: Callable[[Tensor], Tensor] | None = None,
+    vetoed_QM: Tensor | None = None,
 ) -> Ranked:
     """Rank the corpus for every query; equal scores in column order.
 
     ``target_Q`` are columns; ``left_out_QE`` those to leave out of each query's ranking (its
     reference, known positives; one may be [Q]), or -1 for none; the target is kept whatever they
-    say. Raises `InputError` if a score is not finite, `ValueError` if a query has no image but its
-    target.
+    say. ``vetoed_QM`` leaves out further images; where none but the target would be left it is
+    not heard. Raises `InputError` if a score is not finite, `ValueError` if a query has no image
+    but its target.
     """
     queries, images = scores_QM.shape
     refuse_bad_scores(scores_QM)
@@ -37,10 +39,18 @@ def rank_queries(
         left_out_QE = left_out_QE.to(device).reshape(queries, -1)
         there_QE = (left_out_QE >= 0) & (left_out_QE != target_Q[:, None])
         keys_QM[there_QE.nonzero()[:, 0], left_out_QE[there_QE]] = LAST_KEY
+    vetoed_Q: Tensor | None = None
+    if vetoed_QM is not None:
+        vetoed_QM = vetoed_QM.to(device).scatter(1, target_Q[:, None], False)
+        vetoed_QM &= ((keys_QM != LAST_KEY) & ~vetoed_QM).sum(dim=1, keepdim=True) > 1
+        before_Q = (keys_QM == LAST_KEY).sum(dim=1)
+        keys_QM.masked_fill_(vetoed_QM, LAST_KEY)
+        vetoed_Q = (keys_QM == LAST_KEY).sum(dim=1) - before_Q
+    if left_out_QE is not None or vetoed_QM is not None:
         length_Q -= (keys_QM == LAST_KEY).sum(dim=1)
     if bool((length_Q < 2).any()):
         bad = torch.nonzero(length_Q < 2).flatten()[:5].tolist()
         raise ValueError(f"queries {bad} have no image to rank but their target")
     keys_QM = sort_keys_(keys_QM)
     target_rank_Q = torch.searchsorted(keys_QM, target_key_Q[:, None]).squeeze(1)
-    return Ranked(keys_QM, length_Q, target_rank_Q, image_tokens)
+    return Ranked(keys_QM, length_Q, target_rank_Q, image_tokens, vetoed_Q)

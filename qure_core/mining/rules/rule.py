@@ -27,6 +27,8 @@ class Selection:
     status_Q: index into the rule's statuses.
     start_Q, stop_Q: the negatives are the ranks start <= r < stop, never none of them; or, where
         ``members`` has an entry for a query, those ranks, ascending.
+    weights: per query of a rule that is a distribution, how likely its members are drawn, relative
+        to one another; without, all are equally likely.
     details: per query, the rule's own facts, as its `Rule.details` declares them.
     marks: per query, ranks near which the kept curve is dense, besides the target's.
     """
@@ -37,6 +39,7 @@ class Selection:
     details: Sequence[Mapping[str, Any]]
     marks: Sequence[Sequence[int]]
     members: Mapping[int, np.ndarray] | None = None
+    weights: Mapping[int, np.ndarray] | None = None
 
     def ranks(self, query: int) -> Tensor | slice:
         """The ranks of a query's negatives, best first."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qure_core.base.config import MiningSettings
+from qure_core.base.errors import InputError
 from qure_core.mining.engines.keys import key_columns
 from qure_core.mining.engines.ranked import Ranked
 from qure_core.mining.engines.sort import rank_queries
@@ -85,6 +86,11 @@ class DropRule:
     @classmethod
     def of(cls, mining: MiningSettings) -> DropRule:
         """The rule as the settings have it."""
+        if mining.options:
+            raise InputError(
+                "mining.options: steep_drops has none; it is set by mining.window_ranks, "
+                "mining.window_quantile and mining.min_steepness"
+            )
         return cls(mining.window_ranks, mining.window_quantile, mining.min_steepness)
 
     def options(self) -> dict[str, Any]:
