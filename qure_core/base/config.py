@@ -94,19 +94,65 @@ class DataSettings(_Section):
     world: WorldSettings = WorldSettings()
 
 
+class ModelSizes(_Section):
+    query_tokens: int | None = Field(None, ge=1, description="vectors of an image")
+    embed_dim: int | None = Field(None, ge=1, description="width of an embedding")
+    max_text_tokens: int | None = Field(None, ge=2, description="texts are cut to so many tokens")
+    num_hidden_layers: int | None = Field(
+        None,
+        ge=1,
+        description="layers of the Q-Former or the text model (default here as of all sizes: the "
+        "preset's, or those of model.text, of which the first are taken)",
+    )
+    num_attention_heads: int | None = Field(None, ge=1, description="heads of those layers")
+    hidden_size: int | None = Field(None, ge=1, description="width of those layers")
+    intermediate_size: int | None = Field(
+        None, ge=1, description="width of those layers' feed-forward"
+    )
+
+
 class ModelSettings(_Section):
+    query_encoder: Literal["qformer", "sprc", "combiner", "sum"] | None = Field(
+        None,
+        description="what makes a query of an image and a text: qformer (QuRe), sprc (sentence-"
+        "level prompts), combiner (CLIP4CIR) or sum (of both features) (default: the one that "
+        "the weights have, else qformer)",
+    )
+    encoder_options: dict[str, Any] = Field(
+        {},
+        description="the query encoder's own settings, by name, as in its file in qure_core/model",
+    )
+    vision: str | None = Field(
+        None,
+        description="frozen vision encoder in place of the preset's: any Hugging Face vision model "
+        "as a directory, a URI or a hub id, or sample:mobilenet-v2",
+    )
+    vision_size: int | None = Field(
+        None,
+        ge=16,
+        le=2048,
+        description="side of its input, pixels (default: its own image processor's)",
+    )
+    text: str | None = Field(
+        None,
+        description="BERT that the Q-Former's text side, or the text model of combiner and sum, "
+        "starts from: a directory, a URI or a hub id, or sample:minilm",
+    )
+    sizes: ModelSizes = ModelSizes()
     preset: Literal["tiny", "blip2-vit-l", "blip2-vit-g"] = Field(
         "tiny", description="architecture when no pretrained weights are configured"
     )
     pretrained: str | None = Field(
         None,
-        description="weights to fine-tune: a directory saved by this project, or a Hugging Face "
-        "BLIP-2 image-text-retrieval model; as a path, a URI or a hub id; skips pretraining",
+        description="weights to fine-tune: a directory saved by this project, a Hugging Face "
+        "BLIP-2 image-text-retrieval model, or, for combiner and sum, a CLIP; as a path, a URI "
+        "or a hub id; skips pretraining",
     )
     tokenizer: str | None = Field(
         None,
         description="BERT tokenizer as a path, a URI or a hub id, e.g. bert-base-uncased "
-        "(default: the one beside the weights, else a WordPiece vocabulary of the training text)",
+        "(default: the one beside the weights or model.text, else a WordPiece vocabulary of the "
+        "training text)",
     )
     vocabulary_size: int = Field(
         1000,

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from qure_core.base.errors import InputError
 from qure_core.data.loader import ImageLoader, VisionLoader
-from qure_core.model import QuReModel, QuReProcessor, encode_frozen, load_model
+from qure_core.model import ComposedModel, QuReProcessor, encode_frozen, load_model
 from qure_core.model.relevance import relevance_scores
 from qure_core.runtime.prefetch import prefetched
 
@@ -42,7 +42,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: QuReModel,
+        model: ComposedModel,
         processor: QuReProcessor,
         device: torch.device | str = "cpu",
         precision: str = "fp16",
@@ -77,7 +77,7 @@ class Encoder:
         return self.model.vision_encoder.eval().to(self.device)
 
     @cached_property
-    def _trained(self) -> QuReModel:
+    def _trained(self) -> ComposedModel:
         self.model.trained_part().to(self.device)
         return self.model
 

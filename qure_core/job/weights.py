@@ -6,8 +6,9 @@ from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
 from qure_core.base.seeds import derive
-from qure_core.data import Split
-from qure_core.model import build_model, learn_tokenizer, load_model
+from qure_core.data import Split, read_split
+from qure_core.embeddings.feature_use import usable_store
+from qure_core.model import build_model, learn_tokenizer, load_model, samples
 from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch
 from qure_core.model.checkpoints import save_checkpoint
 from qure_core.model.pretrained import load_tokenizer
@@ -23,7 +24,11 @@ def first_checkpoint(settings: Settings, train: Split) -> None:
         return
     if model_settings.pretrained:
         model, processor = load_model(
-            model_settings.pretrained, model_settings.tokenizer, model_settings.dropout
+            model_settings.pretrained,
+            model_settings.tokenizer,
+            model_settings.dropout,
+            model_settings.query_encoder,
+            model_settings.encoder_options,
         )
         processor.pixels = settings.data.pixels
         facts = {"stage": "train", "epoch": 0, "origin": model_settings.pretrained}
@@ -37,8 +42,8 @@ def first_checkpoint(settings: Settings, train: Split) -> None:
             "({image id: caption} in data.descriptions), or weights (model.pretrained), or start "
             "from random weights with --pretrain.epochs 0"
         )
-    if model_settings.tokenizer:
-        tokenizer = load_tokenizer(model_settings.tokenizer)
+    if words := model_settings.tokenizer or model_settings.text:
+        tokenizer = load_tokenizer(samples.text(words) or words)
     else:
         texts = sorted({*captions.values(), *(t.text for t in train.triplets)})
         tokenizer = learn_tokenizer(texts, model_settings.vocabulary_size)
@@ -47,6 +52,12 @@ def first_checkpoint(settings: Settings, train: Split) -> None:
         tokenizer,
         model_settings.dropout,
         derive(settings.run.seed, "weights"),
+        model_settings.query_encoder or "qformer",
+        model_settings.encoder_options,
+        model_settings.vision,
+        model_settings.vision_size,
+        model_settings.text,
+        model_settings.sizes,
     )
     processor.pixels = settings.data.pixels
     facts = {"stage": "pretrain", "epoch": 0, "origin": "random weights"}
@@ -60,7 +71,14 @@ def pretrain(settings: Settings, plan: Plan) -> None:
         return
     done = settings.pretrain.epochs
     if (latest_epoch(run_dir, "pretrain") or 0) < done:
-        segment = Segment("pretrain", run_dir, settings.resolved(), done)
+        features = None
+        if settings.model.vision:  # the encoder stays as it is
+            train = read_split(storage.join(run_dir, "data", "train"))
+            captions = storage.read_json(storage.join(run_dir, "data", "captions.json"))
+            images = {name: train.images[name] for name in captions}
+            begun = checkpoint_uri(run_dir, "pretrain", 0)
+            features = usable_store(settings, plan, begun, images)
+        segment = Segment("pretrain", run_dir, settings.resolved(), done, features=features)
         run_segment(segment, settings.cluster, plan)
     model, processor = load_model(checkpoint_uri(run_dir, "pretrain", done))
     model.freeze_vision_encoder()

@@ -10,7 +10,7 @@ from qure_core.base.config import Pixels
 CHECKPOINT_KIND = storage.Kind(
     "checkpoint",
     r"(config|qure_processor|tokenizer|tokenizer_config|special_tokens_map)\.json|vocab\.txt|"
-    r"model\.safetensors|optimizer\.pt",
+    r"merges\.txt|vocab\.json|model\.safetensors|optimizer\.pt",
 )
 OPTIMIZER_FILE = "optimizer.pt"  # only training reads it
 

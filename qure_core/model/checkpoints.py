@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 
 from qure_core import storage
 from qure_core.base.errors import InputError
-from qure_core.model import QuReModel, QuReProcessor
+from qure_core.model import ComposedModel, QuReProcessor
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND, OPTIMIZER_FILE
 
 
 def save_checkpoint(
     uri: str,
-    model: QuReModel,
+    model: ComposedModel,
     processor: QuReProcessor,
     facts: dict[str, Any],
     optimizer: dict[str, Any] | None = None,

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import Blip2QFormerConfig, Blip2VisionConfig, CLIPVisionConfig, PreTrainedConfig
 
-VISION_CONFIGS = {"clip": CLIPVisionConfig, "eva": Blip2VisionConfig}
+VISION_CONFIGS = {
+    "clip": CLIPVisionConfig,
+    "eva": Blip2VisionConfig,
+    "clip_projected": CLIPVisionConfig,
+}
+VisionType = Literal["clip", "eva", "clip_projected", "hf"]
+QueryEncoder = Literal["qformer", "sprc", "combiner", "sum"]
 
 
 class QuReConfig(PreTrainedConfig):
     """Sizes and constants of a `QuReModel`.
 
     Args:
-        vision_type: "clip" (pre-layer-norm, QuickGELU: BLIP-2's ViT-L) or "eva" (BLIP-2's ViT-g).
-        vision: fields of the vision encoder's own transformers configuration. Its last layer norm
-            is not part of the model.
+        query_encoder: what makes a query of an image and a text (`query_encoders`).
+        encoder_options: its own settings.
+        vision_type: "clip" (pre-layer-norm, QuickGELU: BLIP-2's ViT-L), "eva" (BLIP-2's ViT-g),
+            "clip_projected" (CLIP's image feature) or "hf" (any other, `vision.AnyVision`).
+        vision: fields of the vision encoder's own transformers configuration, or of `AnyVision`.
+            The last layer norm of "clip" and "eva" is not part of the model.
+        text: fields of a text model's own configuration, ``model_type`` included, for query
+            encoders that have one apart.
         qformer: fields of transformers' `Blip2QFormerConfig`, vocabulary included.
         query_tokens: learned query tokens; an image is this many vectors.
         embed_dim: width of the shared embedding space.
@@ -29,7 +40,7 @@ class QuReConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        vision_type: Literal["clip", "eva"] = "clip",
+        vision_type: VisionType = "clip",
         vision: dict[str, Any] | None = None,
         qformer: dict[str, Any] | None = None,
         query_tokens: int = 32,
@@ -38,10 +49,15 @@ class QuReConfig(PreTrainedConfig):
         ln_vision_eps: float = 1e-5,
         max_text_tokens: int = 32,
         initializer_range: float = 0.02,
+        query_encoder: QueryEncoder = "qformer",
+        encoder_options: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if vision_type not in VISION_CONFIGS:
-            raise ValueError(f"vision_type={vision_type!r} is not one of {sorted(VISION_CONFIGS)}")
+        if vision_type not in get_args(VisionType):
+            raise ValueError(
+                f"vision_type={vision_type!r} is not one of {', '.join(get_args(VisionType))}"
+            )
         self.vision_type = vision_type
         self.vision = dict(vision or {})
         self.qformer = dict(qformer or {})
@@ -51,11 +67,27 @@ class QuReConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.ln_vision_eps = ln_vision_eps
         self.max_text_tokens = max_text_tokens
+        self.query_encoder = query_encoder
+        self.encoder_options = dict(encoder_options or {})
+        self.text = dict(text or {})
         super().__init__(**kwargs)
 
     def vision_config(self) -> Any:
         """The vision encoder's own configuration, a CLIPVisionConfig or Blip2VisionConfig."""
         return VISION_CONFIGS[self.vision_type](**self.vision)
+
+    @property
+    def vision_width(self) -> int:
+        """W, of the encoder's output."""
+        name = {"hf": "width", "clip_projected": "projection_dim"}
+        width: int = self.vision[name.get(self.vision_type, "hidden_size")]
+        return width
+
+    @property
+    def image_size(self) -> int:
+        """Side of the encoder's input, pixels."""
+        size: int = self.vision["image_size"]
+        return size
 
     def qformer_config(self) -> Blip2QFormerConfig:
         """The Q-Former's own configuration."""
@@ -130,6 +162,13 @@ def preset(
     name: str, vocabulary_size: int | None = None, dropout: float | None = None
 ) -> QuReConfig:
     """The configuration called ``name``, with the vocabulary size and dropout given, if any."""
+    return QuReConfig(**preset_fields(name, vocabulary_size, dropout))
+
+
+def preset_fields(
+    name: str, vocabulary_size: int | None = None, dropout: float | None = None
+) -> dict[str, Any]:
+    """`preset` as the fields of a configuration."""
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is not one of {sorted(PRESETS)}")
     fields = dict(PRESETS[name])
@@ -138,4 +177,4 @@ def preset(
         qformer["vocab_size"] = vocabulary_size
     if dropout is not None:
         qformer |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    return QuReConfig(**(fields | {"qformer": qformer}))
+    return fields | {"qformer": qformer}

@@ -3,8 +3,10 @@
     python -m qure_core.model.convert model.pth TARGET --tokenizer bert-base-uncased
     python -m qure_core.model.convert blip2_pretrain.pth TARGET --clip DIR --blip2 DIR ...
 
-SOURCE is a LAVIS-named checkpoint. ``--clip`` fills a ViT-L encoder from a Hugging Face CLIP
-ViT-L/14 directory, ``--blip2`` the Q-Former from a Hugging Face BLIP-2 image-text-retrieval one.
+SOURCE is a LAVIS-named checkpoint of BLIP-2, QuRe or SPRC, or a Combiner's weights (CLIP4CIR), for
+which ``--combiner`` names its Hugging Face CLIP. Of the others ``--clip`` fills a ViT-L encoder
+from a Hugging Face CLIP ViT-L/14 directory, ``--blip2`` the Q-Former from a Hugging Face BLIP-2
+image-text-retrieval one.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import argparse
 
 from qure_core import storage
 from qure_core.base.errors import InputError
+from qure_core.model.base import ComposedModel, check_finite
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND
 from qure_core.model.checkpoints import save_checkpoint
+from qure_core.model.clip import load_combiner
 from qure_core.model.lavis import load_lavis_checkpoint
-from qure_core.model.modeling import check_finite
 from qure_core.model.pretrained import (
     check_vocabulary,
     fill_qformer,
@@ -54,10 +57,24 @@ def main() -> None:
     parser.add_argument("--qformer-heads", type=int, help="if not BERT-base's")
     parser.add_argument("--clip", help="Hugging Face CLIP for the encoder: path, URI, hub id")
     parser.add_argument("--blip2", help="Hugging Face BLIP-2 for the Q-Former: path, URI, hub id")
+    parser.add_argument(
+        "--combiner", metavar="CLIP", help="SOURCE is a Combiner over this Hugging Face CLIP"
+    )
     chosen = parser.parse_args()
     target = storage.resolve(chosen.target)
     check_target(target, chosen.source)
+    model, processor = _converted(chosen)
+    processor.pixels = "released"  # as these weights were trained
+    facts = {"stage": "train", "epoch": 0, "origin": str(chosen.source)}
+    save_checkpoint(target, model, processor, facts)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"converted {count:,} parameters: {target}", flush=True)
+
+
+def _converted(chosen: argparse.Namespace) -> tuple[ComposedModel, QuReProcessor]:
     with storage.local_copy(chosen.source) as file:
+        if chosen.combiner:
+            return load_combiner(file, chosen.combiner)
         model = load_lavis_checkpoint(
             file, vision_heads=chosen.vision_heads, qformer_heads=chosen.qformer_heads
         )
@@ -68,16 +85,7 @@ def main() -> None:
     tokenizer = load_tokenizer(chosen.tokenizer)
     check_finite(model, chosen.source)
     check_vocabulary(tokenizer, model, chosen.tokenizer)
-    processor = QuReProcessor(
-        tokenizer,
-        model.config.vision["image_size"],
-        model.config.max_text_tokens,
-        "released",  # as these weights were trained
-    )
-    facts = {"stage": "train", "epoch": 0, "origin": str(chosen.source)}
-    save_checkpoint(target, model, processor, facts)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"converted {count:,} parameters: {target}", flush=True)
+    return model, QuReProcessor(tokenizer, model.config.image_size, model.config.max_text_tokens)
 
 
 if __name__ == "__main__":

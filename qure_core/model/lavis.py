@@ -1,4 +1,4 @@
-"""Reading LAVIS-named checkpoints: BLIP-2's pretraining files and the QuRe authors' own.
+"""Reading LAVIS-named checkpoints: BLIP-2's pretraining files, the QuRe authors' and SPRC's.
 
 Every key of the file is converted, known to be unused (by name), or an error.
 """
@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qure_core.base.errors import InputError
+from qure_core.model.base import check_finite
 from qure_core.model.configuration import QuReConfig
-from qure_core.model.modeling import QuReModel, check_finite
+from qure_core.model.modeling import QuReModel
+from qure_core.model.sprc import SPRCModel
 
 BERT_WORDS = 30_522  # without [DEC], which BLIP-2 appends
 # In LAVIS files but not in this model: the matching and captioning heads, and a buffer of indices.
@@ -26,6 +28,7 @@ _UNUSED = re.compile(r"itm_head\..*|Qformer\.cls\..*|Qformer\.bert\.embeddings\.
 
 _PLAIN = {
     "query_tokens": "query_tokens",
+    "prompt_tokens": "prompt_tokens",  # SPRC's
     "temp": "temperature",
     "Qformer.bert.embeddings.word_embeddings.weight": "text_embeddings.word_embeddings.weight",
     "Qformer.bert.embeddings.position_embeddings.weight": (
@@ -309,6 +312,7 @@ def infer_config(
         vision_type="clip" if clip else "eva",
         vision=vision,
         qformer=qformer,
+        query_encoder="sprc" if "prompt_tokens" in state else "qformer",
         query_tokens=shape("query_tokens")[1],
         embed_dim=shape("text_proj.weight")[0],
     )
@@ -333,7 +337,8 @@ def load_lavis_checkpoint(
             + (" ..." if len(unknown) > 10 else "")
         )
     try:
-        model = QuReModel(infer_config(state, vision_heads, qformer_heads))
+        config = infer_config(state, vision_heads, qformer_heads)
+        model = SPRCModel(config) if config.query_encoder == "sprc" else QuReModel(config)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     load_converted(model, converted, str(path))

@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     BertTokenizer,
     Blip2ForImageTextRetrieval,
+    CLIPTokenizer,
     CLIPVisionModel,
     PreTrainedTokenizerBase,
 )
@@ -25,11 +26,15 @@ from transformers.utils import logging as transformers_logging
 
 from qure_core import storage
 from qure_core.base.errors import InputError
+from qure_core.model.base import ComposedModel, check_finite
 from qure_core.model.checkpoint_files import OPTIMIZER_FILE
-from qure_core.model.configuration import QuReConfig, preset
+from qure_core.model.clip import from_clip
+from qure_core.model.configuration import QueryEncoder, QuReConfig
 from qure_core.model.lavis import load_converted, with_decoder_word
-from qure_core.model.modeling import QuReModel, check_finite
+from qure_core.model.modeling import QuReModel
+from qure_core.model.parts import first_line
 from qure_core.model.processing import QuReProcessor, with_decoder_token
+from qure_core.model.query_encoders import TOWERS, checked_options, model_class
 
 transformers_logging.disable_progress_bar()  # a bar for every checkpoint drowns the log
 
@@ -42,11 +47,6 @@ _HF_PREFIXES = {
     "qformer.": "qformer.",
     "query_tokens": "query_tokens",
 }
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, or its type where it has none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -69,13 +69,22 @@ _BLIP2_WORDS = 30_523
 _BERT_WORDS = {"[PAD]": 0, "[CLS]": 101, "[SEP]": 102, "the": 1996}  # some, by their numbers
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: QuReModel, source: str) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ComposedModel, source: str) -> None:
     """Raise `InputError` if ``tokenizer`` cannot be the one that ``model`` was trained with.
 
     That is: it has more words than the model has vectors, or, where there are as many vectors as
     BLIP-2 has, is not BERT's. With fewer words a warning is printed: vectors may be padding.
     """
-    words, vectors = len(tokenizer), model.config.qformer["vocab_size"]
+    config = model.config
+    vectors = (config.text or config.qformer)["vocab_size"]
+    words = len(tokenizer)
+    if isinstance(tokenizer, CLIPTokenizer):
+        if words != vectors:
+            raise InputError(
+                f"{source}: its tokenizer has {words:,} words, where the model has vectors for "
+                f"{vectors:,}"
+            )
+        return
     given = tokenizer.get_vocab()
     is_bert = all(given.get(word) == number for word, number in _BERT_WORDS.items())
     if words > vectors or (vectors == _BLIP2_WORDS and not is_bert):
@@ -94,28 +103,55 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: QuReModel, sourc
         )
 
 
-def build_model(
-    preset_name: str, tokenizer: PreTrainedTokenizerBase, dropout: float, seed: int
-) -> tuple[QuReModel, QuReProcessor]:
-    """A model with random weights, and the processor that fits it."""
-    config = preset(preset_name, vocabulary_size=len(tokenizer), dropout=dropout)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = QuReModel(config)
-    processor = QuReProcessor(tokenizer, config.vision["image_size"], config.max_text_tokens)
+def load_model(
+    source: str,
+    tokenizer: str | None = None,
+    dropout: float | None = None,
+    query_encoder: QueryEncoder | None = None,
+    options: dict[str, Any] | None = None,
+) -> tuple[ComposedModel, QuReProcessor]:
+    """Load weights and processor from a directory of ours or a Hugging Face BLIP-2 or CLIP model.
+
+    ``source`` is a directory, its URI, or the hub id of a `Blip2ForImageTextRetrieval` or a
+    `CLIPModel`. ``dropout`` replaces the Q-Former's for training. ``query_encoder`` and its
+    ``options`` replace what the weights were made with, where it can be made of them: what it has
+    besides starts at random.
+    """
+    with storage.local_copy(source, leave_out={OPTIMIZER_FILE}) as directory:
+        model, processor = _load_model(directory, source, tokenizer, dropout, query_encoder)
+    wanted = query_encoder or model.config.query_encoder
+    if wanted != model.config.query_encoder or options:
+        model = with_query_encoder(model, wanted, options or {}, source)
     return model, processor
 
 
-def load_model(
-    source: str, tokenizer: str | None = None, dropout: float | None = None
-) -> tuple[QuReModel, QuReProcessor]:
-    """Load weights and processor from a directory of ours or a Hugging Face BLIP-2 model.
-
-    ``source`` is a directory, its URI, or the hub id of a `Blip2ForImageTextRetrieval`.
-    ``dropout`` replaces the Q-Former's for training.
-    """
-    with storage.local_copy(source, leave_out={OPTIMIZER_FILE}) as directory:
-        return _load_model(directory, source, tokenizer, dropout)
+def with_query_encoder(
+    model: ComposedModel, query_encoder: QueryEncoder, options: dict[str, Any], source: str
+) -> ComposedModel:
+    """A model with the weights of ``model`` and another query encoder; what that has besides starts
+    at random. Raises `InputError` where it cannot be made of them."""
+    if (model.config.query_encoder in TOWERS) != (query_encoder in TOWERS):
+        needed = "a CLIP model" if query_encoder in TOWERS else "a BLIP-2 or QuRe model"
+        raise InputError(
+            f"model.query_encoder: {query_encoder} cannot be made of the weights of {source!r}, "
+            f"which are of {model.config.query_encoder}; give those of {needed}"
+        )
+    fields = model.config.to_dict() | {"query_encoder": query_encoder}
+    fields["encoder_options"] = checked_options(query_encoder, options)
+    config = QuReConfig(**fields)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            changed = model_class(config)(config)
+    except ValueError as error:
+        raise InputError(f"model.query_encoder: {error}") from None
+    theirs = model.state_dict()
+    own = changed.state_dict()
+    if left := sorted(name for name in theirs if name not in own):
+        print(f"[weights] {source}: not taken for {query_encoder}: {', '.join(left[:5])}")
+    changed.load_state_dict({name: theirs.get(name, value) for name, value in own.items()})
+    changed.freeze_vision_encoder()
+    return changed
 
 
 def _of_the_hub(name: str) -> str:
@@ -131,8 +167,12 @@ def _of_the_hub(name: str) -> str:
 
 
 def _load_model(
-    directory: str, source: str, tokenizer: str | None, dropout: float | None
-) -> tuple[QuReModel, QuReProcessor]:
+    directory: str,
+    source: str,
+    tokenizer: str | None,
+    dropout: float | None,
+    query_encoder: QueryEncoder | None,
+) -> tuple[ComposedModel, QuReProcessor]:
     try:
         directory = _of_the_hub(directory)
         ours = _is_ours(directory)
@@ -150,7 +190,7 @@ def _load_model(
     if found == "qure":
         config = QuReConfig.from_pretrained(directory)
         _set_dropout(config, dropout)
-        model = QuReModel.from_directory(directory, source, config=config)
+        model = model_class(config).from_directory(directory, source, config=config)
         processor = QuReProcessor.from_pretrained(directory)
         check_vocabulary(processor.tokenizer, model, source)
         if tokenizer and load_tokenizer(tokenizer).get_vocab() != processor.tokenizer.get_vocab():
@@ -159,18 +199,18 @@ def _load_model(
                 "with, which lie beside it; leave model.tokenizer out"
             )
         return model, processor
+    if found == "clip":
+        return from_clip(directory, source, "combiner" if query_encoder == "combiner" else "sum")
     if found != "blip-2":
         raise InputError(
-            f"model.pretrained: {source!r} is a {found!r} model; a QuRe or BLIP-2 "
-            "image-text-retrieval model is needed"
+            f"model.pretrained: {source!r} is a {found!r} model; a QuRe, BLIP-2 "
+            "image-text-retrieval or CLIP model is needed"
         )
     model = _from_hf_blip2(directory, source, dropout)
     check_finite(model, source)
     text = load_tokenizer(tokenizer) if tokenizer else _load_tokenizer(directory, source)
     check_vocabulary(text, model, tokenizer or source)
-    return model, QuReProcessor(
-        text, model.config.vision["image_size"], model.config.max_text_tokens
-    )
+    return model, QuReProcessor(text, model.config.image_size, model.config.max_text_tokens)
 
 
 def _is_ours(source: str) -> bool:
@@ -179,7 +219,9 @@ def _is_ours(source: str) -> bool:
 
 
 def _set_dropout(config: QuReConfig, dropout: float | None) -> None:
-    if dropout is not None:
+    if dropout is not None and config.text.get("model_type") == "bert":
+        config.text |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    if dropout is not None and config.qformer:
         config.qformer |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
 
 

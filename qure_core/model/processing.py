@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, models, trainers
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
-from transformers import BertTokenizer, PreTrainedTokenizerBase
+from transformers import BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
 from qure_core.base.config import Pixels
 from qure_core.base.errors import InputError
@@ -30,6 +31,7 @@ class QuReProcessor:
     """Turns images into ``pixel_values`` and texts into ``input_ids`` and ``attention_mask``.
 
     ``pixels``: how images are taken (``data.pixels``). A model is to be asked as it was trained.
+    Texts are cleaned for BERT's tokenizer as BLIP-2 does, and left to CLIP's as they are.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class QuReProcessor:
         Padded to the longest of the batch: the released program pads to the maximum, but masked
         tokens are attended to by nothing, so only time differs.
         """
+        clip = isinstance(self.tokenizer, CLIPTokenizer)
         encoded = self.tokenizer(
-            [clean_text(text) for text in texts],
+            list(texts) if clip else [clean_text(text) for text in texts],
             padding="longest",
             pad_to_multiple_of=8,
             truncation=True,
@@ -70,11 +73,13 @@ class QuReProcessor:
     def save_pretrained(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        facts = {
+        facts: dict[str, Any] = {
             "image_size": self.image_size,
             "max_text_tokens": self.max_text_tokens,
             "pixels": self.pixels,
         }
+        if isinstance(self.tokenizer, CLIPTokenizer):
+            facts["tokenizer"] = "clip"
         (directory / PROCESSOR_FILE).write_text(json.dumps(facts, indent=2) + "\n")
         self.tokenizer.save_pretrained(directory)
 
@@ -86,7 +91,8 @@ class QuReProcessor:
             raise InputError(f"{file}: no such file; {directory} holds no QuRe processor")
         # Until it was said how, images were taken as stored.
         facts = {"pixels": "released"} | json.loads(file.read_text())
-        return cls(BertTokenizer.from_pretrained(directory), **facts)
+        kind = CLIPTokenizer if facts.pop("tokenizer", None) == "clip" else BertTokenizer
+        return cls(kind.from_pretrained(directory), **facts)
 
 
 def learn_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:

@@ -28,10 +28,10 @@ from qure_core.data.schema import Triplet
 from qure_core.embeddings.encoder import Encoder
 from qure_core.features.store import StoredFeatures
 from qure_core.mining.mined_set import read_mined_set
-from qure_core.model import QuReModel, QuReProcessor, load_model
+from qure_core.model import ComposedModel, QuReProcessor, load_model
+from qure_core.model.base import check_finite
 from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch, prune_checkpoints
 from qure_core.model.checkpoints import load_optimizer, save_checkpoint
-from qure_core.model.modeling import check_finite
 from qure_core.objectives import make_objective
 from qure_core.runtime.progress import format_seconds
 from qure_core.training.batches import (
@@ -71,7 +71,11 @@ class _Task:
 
 
 def _make_task(
-    segment: Segment, model: QuReModel, load: VisionLoader, processor: QuReProcessor, share: Share
+    segment: Segment,
+    model: ComposedModel,
+    load: VisionLoader,
+    processor: QuReProcessor,
+    share: Share,
 ) -> _Task:
     settings = Settings(**segment.settings)
     seed = settings.run.seed
@@ -175,7 +179,7 @@ def train_segment(segment: Segment, board: Any = None) -> None:
         device=device,
         dtype=dtype,
         workers=workers,
-        encoder=encoder if segment.stage == "train" else None,
+        encoder=encoder if model.vision_is_frozen else None,
     )
     optimizer, scaler = optimisation.optimizer, optimisation.scaler
     if state := load_optimizer(start):
@@ -323,7 +327,7 @@ def not_finite(fault: NotFinite, stage: str, epoch: int) -> InputError:
     )
 
 
-def check_weights(model: QuReModel, stage: str, epoch: int) -> None:
+def check_weights(model: ComposedModel, stage: str, epoch: int) -> None:
     """Raise `InputError` if an epoch's weights are not finite: nothing is kept of it."""
     try:
         check_finite(model, f"{stage}, epoch {epoch + 1}")

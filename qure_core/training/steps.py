@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
-from qure_core.model import QuReModel
+from qure_core.model import ComposedModel, Embedded
 from qure_core.model.relevance import relevance_scores
 from qure_core.objectives import Objective, Outputs
 from qure_core.objectives.contrastive import contrastive_losses
@@ -26,7 +28,7 @@ class TripletStep(nn.Module):
     between workers.
     """
 
-    def __init__(self, model: QuReModel, objective: Objective) -> None:
+    def __init__(self, model: ComposedModel, objective: Objective) -> None:
         super().__init__()
         self.objective = objective
         if objective.options.temperature is not None:
@@ -49,15 +51,20 @@ class TripletStep(nn.Module):
         accuracy: the share of a triplet's negatives that score below its target;
         margin: by how much they do, on average.
         """
-        query_BD, image_ATD = self._model[0](
+        embedded: Embedded = self._model[0](
             vision, reference_B, answer_A, input_ids, attention_mask
         )
         whole = "own_B" in labels
-        if whole:
-            query_BD, image_ATD = (
+
+        def of_all(what: str, values: Tensor) -> Tensor:
+            return (
                 gathered(values, labels[f"send_{what}"], labels[f"take_{what}"])
-                for what, values in (("queries", query_BD), ("answers", image_ATD))
+                if whole
+                else values
             )
+
+        query_BD = of_all("queries", embedded.query_BD)
+        image_ATD = of_all("answers", embedded.image_ATD)
         outputs = Outputs(
             query_BD,
             image_ATD,
@@ -69,6 +76,11 @@ class TripletStep(nn.Module):
             labels.get("candidate_BA"),
         )
         losses_B, figures = self.objective(outputs)
+        if embedded.second_BD is not None:
+            second_BD = of_all("queries", embedded.second_BD)
+            second_BA = relevance_scores(second_BD, image_ATD)
+            second = replace(outputs, query_BD=second_BD, scores_BA=second_BA)
+            losses_B = losses_B + embedded.second_weight * self.objective(second)[0]
         margin_BK = (outputs.target_scores() - outputs.negative_scores()).detach().float()
         figures = figures | {
             "accuracy": (margin_BK > 0).float().mean(dim=1),
@@ -76,29 +88,39 @@ class TripletStep(nn.Module):
         }
         if whole:
             own_B = labels["own_B"]
-            return losses_B[own_B], {name: value[own_B] for name, value in figures.items()}
+            losses_B = losses_B[own_B]
+            figures = {name: value[own_B] for name, value in figures.items()}
+        if embedded.penalty_B is not None:
+            losses_B = losses_B + embedded.penalty_B
         return losses_B, figures
 
 
 class CaptionStep(nn.Module):
     """BLIP-2's image-text contrastive loss of each pair over the global batch."""
 
-    def __init__(self, model: QuReModel, smoothing: float) -> None:
+    def __init__(self, model: ComposedModel, smoothing: float) -> None:
         super().__init__()
         self.model, self.smoothing = model, smoothing
 
     def forward(
         self,
-        pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
         same_BN: Tensor,
+        pixel_values: Tensor | None = None,
+        vision: Tensor | None = None,
         send_pairs: Tensor | None = None,
         take_pairs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses [B]; ``same_BN`` is 1 where a pair of the global batch has the pair's caption."""
+        """Losses [B]; ``same_BN`` is 1 where a pair of the global batch has the pair's caption.
+
+        Images are given as ``pixel_values`` where the encoder is trained, else as its features.
+        """
         model = self.model
-        image_BTD = model.embed_images(model.encode_vision(pixel_values).float())
+        if vision is None:
+            assert pixel_values is not None, "images of pairs"
+            vision = model.encode_vision(pixel_values).float()
+        image_BTD = model.embed_images(vision)
         text_BD = model.embed_texts(input_ids, attention_mask)
         image_NTD, text_ND = image_BTD, text_BD
         if send_pairs is not None and take_pairs is not None:

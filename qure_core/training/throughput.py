@@ -43,8 +43,11 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def batch_flops(config: QuReConfig, inputs: dict[str, Tensor]) -> int | None:
-    """Operations of a fine-tuning step on ``inputs``; None for one of pretraining."""
+    """Operations of a fine-tuning step on ``inputs``; None for one of pretraining, and of parts
+    whose operations are not counted."""
     if "answer_A" not in inputs:
+        return None
+    if config.query_encoder != "qformer" or config.vision_type not in ("clip", "eva"):
         return None
     flops = step_flops(config, len(inputs["answer_A"]), *inputs["input_ids"].shape)
     if "pixel_values" in inputs:

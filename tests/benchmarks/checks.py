@@ -23,9 +23,9 @@ from qure_core import storage
 from qure_core.data.images import load_image, preprocess_to_bytes
 from qure_core.job.data import remember_contents
 from qure_core.model import QuReModel, build_model, learn_tokenizer
+from qure_core.model.base import check_finite
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND
 from qure_core.model.checkpoints import save_checkpoint
-from qure_core.model.modeling import check_finite
 
 IMAGES = 2000
 SIDE = 256

@@ -217,7 +217,9 @@ def test_other_models_and_places_are_refused(tmp_path: Path) -> None:
             patch_size=4,
         )
     ).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="a QuRe or BLIP-2 image-text-retrieval model is needed"):
+    with pytest.raises(
+        InputError, match="a QuRe, BLIP-2 image-text-retrieval or CLIP model is needed"
+    ):
         load_model(str(tmp_path))
 
 

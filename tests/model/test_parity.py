@@ -63,6 +63,7 @@ class Watched:
 
     def __init__(self, objective: Objective) -> None:
         self.objective, self.outputs = objective, None
+        self.options = objective.options
 
     def __call__(self, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         self.outputs = outputs

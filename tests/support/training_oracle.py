@@ -15,7 +15,7 @@ from qure_core import storage
 from qure_core.data import read_split
 from qure_core.data.loader import ImageLoader
 from qure_core.data.schema import Split, Triplet
-from qure_core.model import QuReModel, QuReProcessor, encode_frozen, load_model
+from qure_core.model import ComposedModel, QuReProcessor, encode_frozen, load_model
 from qure_core.training.batches import epoch_order
 from qure_core.training.negatives import random_negatives
 
@@ -32,7 +32,7 @@ class Recipe:
     lr: float = 1e-3
 
 
-def parts(run_dir: Path) -> tuple[QuReModel, QuReProcessor, Split, dict[str, list[str]]]:
+def parts(run_dir: Path) -> tuple[ComposedModel, QuReProcessor, Split, dict[str, list[str]]]:
     model, processor = load_model(str(run_dir / "checkpoints/train-0000"), dropout=0.0)
     corpora = storage.read_json(str(run_dir / "data/corpora.json"))
     return model, processor, read_split(str(run_dir / "data/train")), corpora
