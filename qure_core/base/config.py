@@ -193,6 +193,11 @@ class TrainSettings(_Section):
     negatives_per_triplet: int = Field(
         1, ge=1, description="K: negatives that a triplet meets in a step (the paper's is 1)"
     )
+    captions: Literal["joined", "random"] = Field(
+        "joined",
+        description="FashionIQ's two captions while training: joined, or in either order or one "
+        "of them, drawn anew in every epoch (as CLIP4CIR and SPRC do)",
+    )
     batch_size: int = Field(32, ge=1, description="triplets per optimizer step, all workers")
     lr: float = Field(5e-6, gt=0, description="learning rate of epoch 0; cosine per epoch")
     final_lr_ratio: float = Field(0.01, gt=0, le=1, description="final learning rate / lr")
@@ -326,6 +331,11 @@ class EvaluationSettings(_Section):
 
 
 class ClusterSettings(_Section):
+    in_process: bool = _free(
+        False,
+        description="run every stage in this process and start no workers, for data so small that "
+        "starting them takes longest; what is written is the same",
+    )
     train_workers: int = _free(1, ge=1, description="training workers (one per GPU)")
     gpus: Literal["auto", "none"] | int = _free(
         "auto",

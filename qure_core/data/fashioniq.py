@@ -140,6 +140,7 @@ def _read_triplets(
                 query_id=f"{category}.{split}.{index:06d}",
                 reference_id=reference,
                 text=join_fashioniq(captions, texts),
+                captions=tuple(captions),
                 target_id=target,
                 category=category,
                 relevant_ids=relevant_ids,

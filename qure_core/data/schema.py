@@ -32,9 +32,10 @@ _TRIPLETS = pa.schema(
         ("group", pa.list_(pa.string())),
         ("relevant_ids", pa.list_(pa.string())),
         ("positive_ids", pa.list_(pa.string())),
+        ("captions", pa.list_(pa.string())),
     ]
 )
-_LISTS = ("group", "relevant_ids", "positive_ids")  # the last was not always there
+_LISTS = ("group", "relevant_ids", "positive_ids", "captions")  # the last two were not always there
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Triplet:
     ``target_id`` is None in test splits. ``category`` names the gallery. ``group`` is CIRR's image
     set (the reference included). ``relevant_ids`` is every image known to satisfy the query, the
     target first; empty where unknown. ``positive_ids`` is every other image than the target that
-    is labelled as an answer, or known to be one (`data.positives`); never a negative.
+    is labelled as an answer, or known to be one (`data.positives`); never a negative. ``captions``
+    are FashionIQ's two, of which ``text`` is made.
     """
 
     query_id: str
@@ -57,6 +59,7 @@ class Triplet:
     relevant_ids: tuple[str, ...] = ()
     # What is known by a digest of triplets was known before there was this.
     positive_ids: tuple[str, ...] = field(default=(), repr=False)
+    captions: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,20 @@ def join_fashioniq(captions: Sequence[str], texts: Texts = "released") -> str:
     return f"{first.capitalize()} and {second}"
 
 
+def random_fashioniq(captions: Sequence[str], draw: float) -> str:
+    """FashionIQ's two captions as CLIP4CIR and SPRC train on them: both in either order, or one.
+
+    ``draw`` is uniform over [0, 1). As in the program, a draw of exactly a quarter, half or three
+    quarters takes the second caption alone.
+    """
+    first, second = (caption.strip(".?, ") for caption in captions)
+    if draw < 0.25:
+        return f"{first.capitalize()} and {second}"
+    if 0.25 < draw < 0.5:
+        return f"{second.capitalize()} and {first}"
+    return (first if 0.5 < draw < 0.75 else second).capitalize()
+
+
 def circo_prompt(caption: str) -> str:
     """CIRCO's relative caption as the released QuRe program prompts with it."""
     return f"a photo of $ that {caption}"

@@ -31,6 +31,7 @@ from qure_core.embeddings.feature_use import usable_store
 from qure_core.embeddings.shards import EMBEDDINGS_KIND, shard_files
 from qure_core.features.store import StoredFeatures
 from qure_core.model.checkpoint_files import CHECKPOINT_KIND, checkpoint_digest, checkpoint_pixels
+from qure_core.runtime.in_process import device_here
 from qure_core.runtime.progress import Progress
 from qure_core.runtime.resources import Plan, granted_device
 from qure_core.storage.arrow import write_arrow
@@ -72,11 +73,12 @@ class _Embedder:
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         assert len(rows["shard"]) == 1, "one shard a call"
-        result = self._embed({key: value[0] for key, value in rows.items()})
+        result = self.embed({key: value[0] for key, value in rows.items()})
         return {name: np.asarray([value]) for name, value in result.items()}
 
     @torch.inference_mode()
-    def _embed(self, shard: dict[str, Any]) -> dict[str, Any]:
+    def embed(self, shard: dict[str, Any]) -> dict[str, Any]:
+        """Write a shard's embeddings, and tell of its files."""
         image_ids, uris, wanted = list(shard["image_id"]), list(shard["uri"]), shard["in_corpus"]
         queries_of: dict[str, list[tuple[str, str]]] = {}
         for query_id, reference, text in zip(
@@ -290,6 +292,9 @@ def _embed_rows(
     plan: Plan,
     store: str | None,
 ) -> Iterator[dict[str, Any]]:
+    if device_here() is not None:
+        embedder = _Embedder(checkpoint, settings.resolved(), store)
+        return (embedder.embed({name: value[0] for name, value in row.items()}) for row in rows)
     tables = [pa.table(row, schema=_SHARD_SCHEMA) for row in rows]
     return iter(
         ray.data.from_arrow(tables)

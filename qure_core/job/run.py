@@ -18,6 +18,7 @@ from typing import Any
 
 from qure_core import storage
 from qure_core.base.config import Settings
+from qure_core.base.errors import InputError
 from qure_core.embeddings.feature_use import usable_store
 from qure_core.embeddings.stage import embed_splits
 from qure_core.evaluation.protocols import of_manifest
@@ -34,6 +35,7 @@ from qure_core.mining.stage import check_mining, hold_round, mine_round, mining_
 from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch
 from qure_core.objectives import make_objective
 from qure_core.report.build import build_report
+from qure_core.runtime.in_process import stages_in_process
 from qure_core.runtime.monitor import monitored
 from qure_core.runtime.resources import connect, plan_resources
 from qure_core.storage.lease import hold
@@ -55,11 +57,17 @@ def run(settings: Settings) -> dict[str, Any]:
     with (
         hold(run_dir, "training") as run_lease,
         monitored(events, "training", settings.resolved()) as monitor,
+        stages_in_process(settings.cluster),
     ):
         begin(settings)
         check_places(run_dir)
         plan = plan_resources(settings.cluster)
         train, val, corpora = prepare_data(settings)
+        if train_settings.captions == "random" and not all(t.captions for t in train.triplets):
+            raise InputError(
+                "train.captions: random needs two captions of every triplet, as FashionIQ has; "
+                "set it to joined"
+            )
         first_checkpoint(settings, train)
         # Only now: settings that fail a check so far may be corrected.
         save_config(settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +20,7 @@ from qure_core.base.errors import bad_input_of_workers
 from qure_core.data.schema import Triplet
 from qure_core.embeddings.shards import EmbeddingShards
 from qure_core.ranking.tiles import QUERY_TILE, Scorer, query_embeddings, score_chunks
+from qure_core.runtime.in_process import device_here
 from qure_core.runtime.progress import Progress
 
 BYTES_PER_SCORE = 4
@@ -102,9 +103,6 @@ def map_blocks(
     per category; ``work`` returns a small dict of numbers and strings. An `InputError` of ``work``
     is raised here, after the name of what is to ``blame``, such as the checkpoint.
     """
-    corpora = {block.category: block.corpus for block in blocks}
-    references = {category: ray.put(corpus) for category, corpus in corpora.items()}
-    queries = [ray.put(block.triplets) for block in blocks]
     split = parts is not None
     wanted = [(block.number, 0) for block in blocks] if parts is None else list(parts)
     if not wanted:
@@ -112,6 +110,47 @@ def map_blocks(
 
     def size(number: int, part: int) -> int:
         return scores(blocks[number], part) if scores else len(blocks[number].triplets)
+
+    def worked(block: QueryBlock, part: int) -> dict[str, Any]:
+        result = work(block, part, **arguments) if split else work(block, **arguments)
+        return result | {"block": block.number, "part": part}
+
+    progress = Progress(
+        stage, sum(size(*item) for item in wanted), "scores" if scores else "queries"
+    )
+    rows = (
+        _on_cluster(blocks, wanted, worked, resources or {"num_cpus": 1})
+        if device_here() is None
+        else _here(blocks, wanted, worked)
+    )
+    results = []
+    with bad_input_of_workers(blame):
+        for row in rows:
+            results.append(row)
+            progress.advance(size(int(row["block"]), int(row["part"])))
+    return sorted(results, key=lambda row: (row["block"], row["part"]))
+
+
+_Work = Callable[[QueryBlock, int], dict[str, Any]]
+
+
+def _here(
+    blocks: Sequence[QueryBlock], wanted: Sequence[tuple[int, int]], worked: _Work
+) -> Iterator[dict[str, Any]]:
+    torch.set_num_threads(1)  # as a task has
+    for number, part in wanted:
+        yield worked(blocks[number], part)
+
+
+def _on_cluster(
+    blocks: Sequence[QueryBlock],
+    wanted: Sequence[tuple[int, int]],
+    worked: _Work,
+    resources: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    corpora = {block.category: block.corpus for block in blocks}
+    references = {category: ray.put(corpus) for category, corpus in corpora.items()}
+    queries = [ray.put(block.triplets) for block in blocks]
 
     def run(rows: dict[str, Any]) -> dict[str, Any]:
         prepare_worker()
@@ -121,22 +160,11 @@ def map_blocks(
         block = QueryBlock(
             number, category, ray.get(queries[number]), ray.get(references[category])
         )
-        result = work(block, part, **arguments) if split else work(block, **arguments)
-        result |= {"block": number, "part": part}
-        return {name: np.asarray([value]) for name, value in result.items()}
+        return {name: np.asarray([value]) for name, value in worked(block, part).items()}
 
     tables = [
         pa.table({"block": [n], "part": [part], "category": [blocks[n].category]})
         for n, part in wanted
     ]
-    total = sum(size(*item) for item in wanted)
-    progress = Progress(stage, total, "scores" if scores else "queries")
-    results = []
-    tasks = ray.data.from_arrow(tables).map_batches(
-        run, batch_size=1, **(resources or {"num_cpus": 1})
-    )
-    with bad_input_of_workers(blame):
-        for row in tasks.iter_rows():
-            results.append(row)
-            progress.advance(size(int(row["block"]), int(row["part"])))
-    return sorted(results, key=lambda row: (row["block"], row["part"]))
+    tasks = ray.data.from_arrow(tables).map_batches(run, batch_size=1, **resources)
+    yield from tasks.iter_rows()

@@ -18,6 +18,7 @@ from ray.autoscaler.sdk import request_resources
 
 from qure_core.base.config import ClusterSettings
 from qure_core.base.errors import InputError
+from qure_core.runtime.in_process import device_here
 from qure_core.runtime.network import free_port
 from qure_core.runtime.ray_start import (
     check_room,
@@ -145,9 +146,12 @@ class Plan:
 
 
 def granted_device() -> torch.device:
-    """The device of this task or actor: a GPU only if Ray granted it one."""
+    """The device of this task or actor: a GPU only if Ray granted it one. Of stages in one process:
+    theirs."""
     import torch  # here, because a command that computes nothing needs none of it
 
+    if (here := device_here()) is not None:
+        return torch.device(here)
     granted = ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU")
     return torch.device("cuda" if granted and torch.cuda.is_available() else "cpu")
 
@@ -215,6 +219,8 @@ def plan_resources(cluster: ClusterSettings) -> Plan:
     Ray waits for ever for resources that no node has, so a plan that cannot start is an
     `InputError` here.
     """
+    if (here := device_here()) is not None:
+        return _in_process(cluster, int(here == "cuda"))
     if cluster.scale_up_seconds:
         asked = cluster.gpus if isinstance(cluster.gpus, int) else 0
         _scale_up(_needs(cluster, asked), cluster.scale_up_seconds)
@@ -228,10 +234,22 @@ def plan_resources(cluster: ClusterSettings) -> Plan:
             + "\n".join(f"  {shortage}" for shortage in shortages)
             + "\nlower these settings, or add nodes, or larger ones"
         )
+    return _plan(cluster, per_worker, max(1, gpus // per_worker if per_worker else cpus))
+
+
+def _in_process(cluster: ClusterSettings, gpus: int) -> Plan:
+    several = {"cluster.train_workers": cluster.train_workers}
+    several["cluster.embed_actors"] = cluster.embed_actors
+    if more := [name for name, count in several.items() if count > 1]:
+        raise InputError(f"{more[0]}: cluster.in_process is one worker; set it to 1")
+    return _plan(cluster, gpus, slots=1)
+
+
+def _plan(cluster: ClusterSettings, gpus: int, slots: int) -> Plan:
     return Plan(
-        gpus=per_worker,
-        train={"CPU": cluster.cpus_per_train_worker, "GPU": per_worker},
-        embed={"num_cpus": cluster.cpus_per_embed_actor, "num_gpus": per_worker},
-        score={"num_cpus": 1, "num_gpus": per_worker},
-        slots=max(1, gpus // per_worker if per_worker else cpus),
+        gpus=gpus,
+        train={"CPU": cluster.cpus_per_train_worker, "GPU": gpus},
+        embed={"num_cpus": cluster.cpus_per_embed_actor, "num_gpus": gpus},
+        score={"num_cpus": 1, "num_gpus": gpus},
+        slots=slots,
     )

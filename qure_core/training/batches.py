@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from qure_core.base.seeds import derive, generator
 from qure_core.data.loader import VisionLoader
 from qure_core.data.positives import Query, query_of
 from qure_core.data.schema import Triplet
+from qure_core.data.text import random_fashioniq
 from qure_core.model import QuReProcessor
 
 
@@ -85,6 +87,7 @@ def exchange(
 
 
 Negatives = Callable[[Triplet], tuple[str, ...]]
+Texts = Callable[[Triplet], str]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class TripletBatches:
     """Builds batches of triplets with ``negative_of`` each; every distinct image is loaded once.
 
     in_batch: give the whole batch's answers to every worker, as an in-batch objective needs.
+    text_of: a triplet's text, where it is not always the same.
     """
 
     triplets: Sequence[Triplet]
@@ -99,6 +103,7 @@ class TripletBatches:
     load: VisionLoader
     processor: QuReProcessor
     in_batch: bool = False
+    text_of: Texts = attrgetter("text")
 
     def __len__(self) -> int:
         return len(self.triplets)
@@ -112,7 +117,7 @@ class TripletBatches:
         answers = _answers(own, negatives)
         distinct = sorted({*references, *answers})
         row = {image_id: i for i, image_id in enumerate(distinct)}
-        input_ids, mask = self.processor.texts([triplet.text for triplet in own])
+        input_ids, mask = self.processor.texts([self.text_of(triplet) for triplet in own])
         inputs = {
             self.load.name: self.load(distinct),
             "reference_B": torch.tensor([row[i] for i in references]),
@@ -262,6 +267,12 @@ def epoch_batches(
 
         steps.append(step)
     return steps
+
+
+def drawn_text(triplet: Triplet, seed: int, epoch: int) -> str:
+    """What an epoch shows of a triplet's captions (`data.text.random_fashioniq`)."""
+    draw = generator(seed, "captions", epoch, triplet.query_id).random()
+    return random_fashioniq(triplet.captions, draw)
 
 
 def epoch_order(samples: int, seed: int, epoch: int, stream: str = "order") -> np.ndarray:

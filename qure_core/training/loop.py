@@ -39,6 +39,7 @@ from qure_core.training.batches import (
     CaptionBatches,
     Share,
     TripletBatches,
+    drawn_text,
     epoch_batches,
     epoch_order,
     step_seed,
@@ -120,7 +121,13 @@ def _make_task(
             at, own = segment.mined_at, weights.get(query)
             return mined_negatives(query, mined[query], seed, at, epoch, count, own)
 
-        build = TripletBatches(split.triplets, negatives_of, load, processor, objective.in_batch)
+        def text_of(triplet: Triplet) -> str:
+            random = train.captions == "random"
+            return drawn_text(triplet, seed, epoch) if random else triplet.text
+
+        build = TripletBatches(
+            split.triplets, negatives_of, load, processor, objective.in_batch, text_of
+        )
         order = epoch_order(len(split.triplets), seed, epoch)
         return epoch_batches(build, order, train.batch_size, share)
 
@@ -135,18 +142,42 @@ def _make_task(
     )
 
 
-def train_segment(segment: Segment, board: Any = None) -> None:
-    """One worker's part of the epochs of ``segment`` that remain.
+@dataclass(frozen=True)
+class Worker:
+    """Which worker this is, of how many; what wraps its step for them; whom it reports epochs to.
 
-    How far it is goes to ``board``, an actor of `monitor.Board`, if one is given.
+    ``prepare`` also brings the step to the device.
     """
-    settings = Settings(**segment.settings)
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(settings.cluster.cpus_per_train_worker)
-    device = ray.train.torch.get_device()
 
-    tell = _Teller(board, rank)
+    device: torch.device
+    rank: int = 0
+    workers: int = 1
+    prepare: Callable[[nn.Module], nn.Module] | None = None
+    report: Callable[[dict[str, Any]], None] | None = None
+    board: Any = None  # an actor of `monitor.Board`, which is told how far it is
+
+
+def train_segment(segment: Segment, board: Any = None) -> None:
+    """This Ray Train worker's part of the epochs of ``segment`` that remain."""
+    context = ray.train.get_context()
+    worker = Worker(
+        ray.train.torch.get_device(),
+        context.get_world_rank(),
+        context.get_world_size(),
+        ray.train.torch.prepare_model,
+        ray.train.report,
+        board,
+    )
+    train_epochs(segment, worker)
+
+
+def train_epochs(segment: Segment, worker: Worker) -> None:
+    """One worker's part of the epochs of ``segment`` that remain."""
+    settings = Settings(**segment.settings)
+    rank, workers, device = worker.rank, worker.workers, worker.device
+    torch.set_num_threads(settings.cluster.cpus_per_train_worker)
+
+    tell = _Teller(worker.board, rank)
     tell("loading")
     first = _agreed(latest_epoch(segment.run_dir, segment.stage), workers, device)
     start = checkpoint_uri(segment.run_dir, segment.stage, first)
@@ -169,7 +200,8 @@ def train_segment(segment: Segment, board: Any = None) -> None:
     model.train()
     if settings.train.compile:
         task.step.compile()
-    step_module = ray.train.torch.prepare_model(task.step)
+    prepare = worker.prepare or (lambda step: step.to(device))
+    step_module = prepare(task.step)
     dtype = autocast_type(settings.train.precision, device)
     encoder = Encoder(model, processor, device, settings.model.vision_precision)
     optimisation = Optimisation(
@@ -244,7 +276,8 @@ def train_segment(segment: Segment, board: Any = None) -> None:
             line = f"[{segment.stage}] epoch {epoch + 1}/{task.epochs}: {told(facts)}, {speed}"
             print(line, flush=True)
             tell.epoch(facts)
-        ray.train.report({"epoch": epoch + 1, "loss": facts["loss"]})
+        if worker.report is not None:
+            worker.report({"epoch": epoch + 1, "loss": facts["loss"]})
 
 
 def _agreed(epoch: int | None, workers: int, device: torch.device) -> int:

@@ -9,12 +9,14 @@ import uuid
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from qure_core import storage
 from qure_core.base.config import ClusterSettings
 from qure_core.base.errors import InputError, input_error
+from qure_core.runtime.in_process import device_here
 from qure_core.runtime.monitor import current
 from qure_core.runtime.resources import Plan
 from qure_core.training.segment import Segment
@@ -56,8 +58,14 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
     """Run a segment to its last epoch on ``cluster.train_workers`` workers.
 
     A worker lost on the way is replaced ``cluster.max_failures`` times; the segment then goes on
-    from its newest checkpoint. Bad input met by a worker is raised as `InputError`.
+    from its newest checkpoint. Bad input met by a worker is raised as `InputError`. Of stages in
+    one process the segment is run by it.
     """
+    if (here := device_here()) is not None:
+        # Here, because a driver of workers elsewhere needs no model libraries.
+        from qure_core.training.loop import Worker, train_epochs
+
+        return train_epochs(segment, Worker(torch.device(here)))
     name = f"{segment.stage}-{segment.last_epoch}-{uuid.uuid4().hex[:8]}"
     scratch = _scratch(segment.run_dir)
     fault = storage.join(scratch, name, "fault.json")

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from baseline_goldens import FOLDER
 from conftest import GOLDENS
 from PIL import Image
 
 from qure_core.base.errors import InputError
 from qure_core.data.images import load_image, normalise, preprocess_to_bytes
-from qure_core.data.text import circo_prompt, clean_text, join_fashioniq
+from qure_core.data.text import circo_prompt, clean_text, join_fashioniq, random_fashioniq
 
 TEXTS = json.loads((GOLDENS / "text.json").read_text())
 
@@ -75,3 +76,10 @@ def test_huge_images_are_refused_before_decoding(tmp_path: Path) -> None:
     Image.new("1", (3000, 3000)).save(file)
     with pytest.raises(InputError, match=r"3000 x 3000 pixels .* exceed data.max_image_pixels"):
         load_image(str(file), 10**6, "released")
+
+
+def test_fashioniq_captions_are_drawn_as_in_the_program() -> None:
+    known = json.loads((FOLDER / "clip4cir_fashioniq_captions.json").read_text())
+    rows = zip(known["pairs"], known["uniform_draws"], known["training_captions"], strict=True)
+    for captions, draw, expected in rows:
+        assert random_fashioniq(captions, draw) == expected
