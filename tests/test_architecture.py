@@ -16,7 +16,7 @@ LEVELS = [
 """From the bottom up: a room imports those below it, and itself."""
 PURE = [
     *("base", "objectives", "ranking.order", "mining.rules", "mining.engines.keys"),
-    *("evaluation.metrics", "training.schedule", "model.relevance"),
+    *("evaluation.metrics", "evaluation.paired", "training.schedule", "model.relevance"),
 ]
 """Mathematics, schema and errors: whatever they import, no Ray and no I/O is among it."""
 IMPURE = {

@@ -181,8 +181,8 @@ class TrainSettings(_Section):
     )
     warmup_epochs: int | None = Field(
         None,
-        ge=1,
-        description="epochs with random negatives before the first mining "
+        ge=0,
+        description="epochs with random negatives before the first mining; 0 mines at once "
         "(default: floor(epochs / n_def), as in the paper)",
     )
     negatives: Literal["mined", "random"] = Field(

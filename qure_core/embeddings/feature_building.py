@@ -37,6 +37,7 @@ from qure_core.data.loader import pixel_values
 from qure_core.data.packed import order_of, shard_of
 from qure_core.features.identity import FeatureKey
 from qure_core.features.store import FEATURES_KIND, INDEX_SCHEMA
+from qure_core.runtime.in_process import device_here
 from qure_core.runtime.prefetch import prefetched
 from qure_core.runtime.progress import Progress
 from qure_core.runtime.resources import Plan, granted_device
@@ -382,6 +383,9 @@ def _run(
         pixels=key.pixels,
         max_pixels=settings.data.max_image_pixels,
     )
+    if device_here() is not None:
+        encoder = _Encoder(source, key, uri, cluster.cpus_per_embed_actor)
+        return (encoder(task(table)).to_pylist()[0] for table in tables)
     # A decoded piece and its copies. Asking for it also keeps Ray from running both steps in the
     # actor, one after the other, as it does with steps that ask for the same.
     memory = 4 * settings.feature_store.shard_images * 3 * key.image_size**2

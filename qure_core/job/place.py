@@ -43,15 +43,15 @@ NAMES = {
 }
 
 
-def _is_marked(run_dir: str) -> bool:
-    mark = storage.join(run_dir, MARK)
+def _is_marked(folder: str, name: str = MARK, kind: str = RUN_KIND) -> bool:
+    mark = storage.join(folder, name)
     if not storage.exists(mark):
         return False
     try:
         value = json.loads(storage.read_bytes(mark))
     except ValueError:
         return False
-    return isinstance(value, dict) and value.get("kind") == RUN_KIND
+    return isinstance(value, dict) and value.get("kind") == kind
 
 
 def _is_older_run(run_dir: str) -> bool:
@@ -83,6 +83,20 @@ def claim_run(run_dir: str) -> None:
     for uri, kind in _unfinished(run_dir) if found else ():
         storage.adopt(uri, kind)  # what the older version left unfinished had no mark
     storage.write_json(storage.join(run_dir, MARK), {"kind": RUN_KIND})
+
+
+def claim(folder: str, mark: str, kind: str, names: set[str], setting: str) -> None:
+    """Mark ``folder`` as a ``kind``'s, or raise `InputError` naming what is in the way there, of
+    the ``names`` that it would write."""
+    if _is_marked(folder, mark, kind):
+        return
+    if found := [name for name in storage.list_names(folder) if name in names]:
+        raise InputError(
+            f"{setting}: {folder} is no {kind} of this project, which would write over what is "
+            f"there: {', '.join(found)}. Nothing was changed; choose another directory"
+        )
+    storage.check_writable(folder, setting)
+    storage.write_json(storage.join(folder, mark), {"kind": kind})
 
 
 _UNFINISHED = {

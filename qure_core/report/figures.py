@@ -95,6 +95,37 @@ def metric_curves(points: dict[str, list[tuple[int, float]]], minings: Sequence[
     return _finish(figure)
 
 
+def recall_curves(curves: dict[str, list[list[tuple[int, float]]]], metric: str) -> str:
+    """A metric against samples seen: each line's mean over seeds, and each seed faintly."""
+    figure, axes = _axes(7.0, 4.2)
+    for number, (name, seeds) in enumerate(curves.items()):
+        color = plt.get_cmap("tab20")(number % 20)
+        for points in seeds:
+            axes.plot(*zip(*points, strict=True), color=color, alpha=0.25, linewidth=1)
+        places = [samples for samples, _ in seeds[0]]
+        means = [
+            sum(values) / len(values)
+            for values in zip(*([value for _, value in points] for points in seeds), strict=True)
+        ]
+        axes.plot(places, means, color=color, marker=".", label=name)
+    axes.set_xlabel("triplets seen after the warm-up")
+    axes.set_ylabel(f"{metric}, percent")
+    axes.legend(frameon=False, fontsize=7)
+    return _finish(figure)
+
+
+def share_against_margin(points: dict[str, list[tuple[float, float]]]) -> str:
+    """Of every mining round, the share of false negatives in percent against the median margin
+    between targets and negatives: the smaller, the harder."""
+    figure, axes = _axes(5.2, 4.2)
+    for name, own in points.items():
+        axes.plot(*zip(*own, strict=True), marker="o", linestyle="none", label=name)
+    axes.set_xlabel("median margin, target less negatives")
+    axes.set_ylabel("false negatives, percent")
+    axes.legend(frameon=False, fontsize=7)
+    return _finish(figure)
+
+
 def draw_score_curve(row: dict[str, Any]) -> Figure:
     """One query's sorted scores: the target, both drops, and the hard negatives shaded.
 

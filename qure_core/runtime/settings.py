@@ -59,7 +59,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return value
 
 
-def _messages(error: ValidationError) -> list[str]:
+def refused(error: ValidationError) -> list[str]:
     lines = []
     for item in error.errors(include_url=False):
         name = ".".join(str(part) for part in item["loc"])
@@ -91,7 +91,7 @@ def parse_settings(values: dict[str, Any], source: str) -> Settings:
     try:
         return Settings(**values)
     except (ValidationError, TypeError) as error:
-        found = _messages(error) if isinstance(error, ValidationError) else [str(error)]
+        found = refused(error) if isinstance(error, ValidationError) else [str(error)]
         raise InputError(
             f"{source}: not settings of this version ({'; '.join(found[:3])}); it was changed, or "
             "a later version wrote it"
@@ -146,7 +146,7 @@ def load_settings(
     try:
         settings = Settings(**_merge(from_file, from_command_line))
     except ValidationError as error:
-        lines += _messages(error)
+        lines += refused(error)
     lines += _credentials(settings.resolved() if settings else {})
     if lines or settings is None:
         where = f" in {namespace.config} and the command line" if namespace.config else ""

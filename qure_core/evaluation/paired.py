@@ -1,0 +1,81 @@
+"""Differences between two models on the same queries, and how sure they are. Pure.
+
+Shapes: S seeds, Q queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_DRAWS = 2000
+_SEED = 20_240_901  # of the resampling alone: the same figures give the same interval
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a figure in percent, the other model's less the baseline's.
+
+    by_seed: of each seed. low, high: where 95 of 100 means lie when the queries are drawn again;
+    None where single queries' results are not known.
+    """
+
+    by_seed: tuple[float, ...]
+    low: float | None
+    high: float | None
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.by_seed))
+
+    @property
+    def verdict(self) -> str:
+        """ "ahead" or "behind" if the interval and every seed say so; else "within noise"."""
+        bounds = [*self.by_seed, *(x for x in (self.low, self.high) if x is not None)]
+        if len(self.by_seed) > 1 or self.low is not None:
+            if min(bounds) > 0:
+                return "ahead"
+            if max(bounds) < 0:
+                return "behind"
+        return "within noise"
+
+
+def paired_difference(
+    by_seed: Sequence[float],
+    other_SQ: np.ndarray | None = None,
+    baseline_SQ: np.ndarray | None = None,
+    category_Q: Sequence[str] = (),
+) -> Difference:
+    """The difference of two models that were trained with the same seeds.
+
+    ``other_SQ`` and ``baseline_SQ`` are single queries' results, 1 or 0; the figure is the mean
+    over categories of the mean over a category's queries, in percent. Queries are drawn again
+    within their category, the same for both models and all seeds.
+    """
+    if other_SQ is None or baseline_SQ is None:
+        return Difference(tuple(by_seed), None, None)
+    gain_Q = (other_SQ.astype(float) - baseline_SQ).mean(axis=0)
+    rng = np.random.default_rng(_SEED)
+    names = np.asarray(category_Q)
+    means = np.zeros(_DRAWS)
+    categories = np.unique(names)
+    for category in categories:
+        own = gain_Q[names == category]
+        times = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), size=_DRAWS)
+        means += times @ own / len(own) / len(categories)
+    low, high = np.quantile(100 * means, [0.025, 0.975])
+    return Difference(tuple(by_seed), float(low), float(high))
+
+
+def samples_to_reach(points: Sequence[tuple[int, float]], level: float) -> int | None:
+    """Samples at which (samples, figure) first reach ``level``, by straight lines between them;
+    None if they never do."""
+    for number, (samples, value) in enumerate(points):
+        if value >= level:
+            if number == 0:
+                return samples
+            before, was = points[number - 1]
+            return round(before + (samples - before) * (level - was) / (value - was))
+    return None

@@ -1,0 +1,166 @@
+"""A comparison: warm-ups and lines as Ray tasks that fill the cluster, then its page.
+
+Below its output, each line is a run directory of its own, so that a comparison that was killed goes
+on line by line:
+
+    compare.json    the mark, and what was compared     starts/      a warm-up per seed and model
+    lines/          a run per line and seed             features/    shared by all of them
+    logs/           what each of them said              results.json, table.md, report/index.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from qure_core import storage
+from qure_core.base.config import ClusterSettings, Settings
+from qure_core.base.errors import InputError, input_error
+from qure_core.data import read_split
+from qure_core.evaluation.protocols import of_manifest
+from qure_core.evaluation.stage import read_rankings
+from qure_core.job.grid import Grid, Line
+from qure_core.job.layout import committed
+from qure_core.job.metrics_log import read_metrics
+from qure_core.job.place import claim
+from qure_core.mining.mined_set import read_mined_set
+from qure_core.report.build import false_negative_share
+from qure_core.report.comparison import LineResult, Point, RoundFacts, write_comparison
+from qure_core.runtime.progress import Progress
+from qure_core.storage.lease import hold
+
+COMPARISON_KIND, MARK = "comparison", "compare.json"
+NAMES = {MARK, "starts", "lines", "logs", "results.json", "table.md", "report"}
+
+
+def compare(grid: Grid, lines: Sequence[Line], output: str, protocol: str) -> dict[str, Any]:
+    """Run all that is not finished, then write the page; return the results with its URI.
+
+    A line that fails leaves the others alone; `InputError` names those that did when all have
+    ended, and nothing is concluded without them.
+    """
+    claim(output, MARK, COMPARISON_KIND, NAMES, "output")
+    with hold(output, "comparing"):
+        failures = _run_all(lines, output)
+        if failures:
+            raise InputError(
+                f"{len(failures)} of {len(lines)} lines could not be finished:\n"
+                + "\n".join(f"  {label}: {why}" for label, why in failures.items())
+                + f"\nwhat each said is in {output}/logs; the others are kept, and the same "
+                "command goes on from them"
+            )
+        results = [line_result(line) for line in lines]
+        return write_comparison(output, grid, results, protocol)
+
+
+def _slot(cluster: ClusterSettings) -> dict[str, Any]:
+    """What a line asks of the cluster: its own CPUs and GPU, or, of one with workers of its own,
+    nothing, as they ask for themselves."""
+    if not cluster.in_process:
+        return {"num_cpus": 0}
+    gpus = ray.cluster_resources().get("GPU", 0)
+    cpus = max(cluster.cpus_per_train_worker, cluster.cpus_per_embed_actor)
+    have = ray.cluster_resources().get("CPU", 0)
+    if cpus > have:
+        raise InputError(
+            f"cluster.cpus_per_train_worker: a line asks for {cpus} CPUs, and the cluster has "
+            f"{have:.0f}; lower it and cluster.cpus_per_embed_actor"
+        )
+    return {"num_cpus": cpus, "num_gpus": int(gpus > 0 and cluster.gpus != "none")}
+
+
+def _run_all(lines: Sequence[Line], output: str) -> dict[str, str]:
+    """Run warm-ups, and each line when its own is done; why those failed that did, by label."""
+    starts = {line.start.settings.run.dir: line.start.settings for line in lines}
+    waiting = list(lines)
+    progress = Progress("compare", len(starts) + len(lines), "runs")
+    task = ray.remote(_run)
+    # Lines with workers of their own would wait for one another's for ever.
+    alone = not all(line.settings.cluster.in_process for line in lines)
+    running: dict[Any, tuple[str, str]] = {}
+    queued: list[tuple[str, str, Settings]] = [
+        ("start", uri, settings) for uri, settings in starts.items()
+    ]
+    failures: dict[str, str] = {}
+    while queued or running:
+        while queued and not (alone and running):
+            kind, label, settings = queued.pop(0)
+            log = storage.join(output, "logs", f"{_log_name(settings, output)}.txt")
+            slot = _slot(settings.cluster)
+            running[task.options(max_retries=0, **slot).remote(settings.resolved(), log)] = (
+                kind,
+                label,
+            )
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        kind, label = running.pop(done)
+        why = ""
+        try:
+            ray.get(done)
+        except Exception as error:
+            bad = input_error(error)
+            why = str(bad) if bad is not None else f"{type(error).__name__}: {error}"
+        progress.advance(1)
+        if kind == "line":
+            if why:
+                failures[label] = why.splitlines()[0]
+            continue
+        for line in [line for line in waiting if line.start.settings.run.dir == label]:
+            waiting.remove(line)
+            if why:
+                failures[line.label] = f"its warm-up failed: {why.splitlines()[0]}"
+                progress.advance(1)
+            else:
+                queued.append(("line", line.label, line.settings))
+    return failures
+
+
+def _log_name(settings: Settings, output: str) -> str:
+    return settings.run.dir.removeprefix(output).strip("/").replace("/", "-")
+
+
+def _run(settings: dict[str, Any], log: str) -> None:
+    """Task: one run to its end; what it says goes to ``log``."""
+    # Here, so that the driver needs no model libraries.
+    from qure_core.job.run import run
+
+    chosen = Settings(**settings)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            run(chosen)
+    except Exception:
+        said.write(traceback.format_exc())
+        raise
+    finally:
+        storage.write_bytes(log, said.getvalue().encode())
+
+
+def line_result(line: Line) -> LineResult:
+    """What a finished line measured."""
+    run_dir = line.settings.run.dir
+    train = read_split(storage.join(run_dir, "data", "train"))
+    evaluations = committed(run_dir, "evaluations")
+    epochs = [
+        row for row in read_metrics(run_dir) if row["kind"] == "epoch" and row["stage"] == "train"
+    ]
+    seen = np.cumsum([0, *(row["samples"] for row in epochs)]).tolist()
+    points = [
+        Point(seen[row["epoch"]], of_manifest(row).headline(row["metrics"])) for row in evaluations
+    ]
+    rounds = []
+    seconds = sum(float(row["seconds"]) for row in epochs)
+    for manifest in committed(run_dir, "rounds"):
+        times = manifest["seconds"]
+        seconds += times["embed"] + times["score to write, wall"]
+        share = false_negative_share(read_mined_set(manifest["uri"]), train)
+        margin = manifest["statistics"]["margin_to_target"]["median"]
+        rounds.append(RoundFacts(manifest["epoch"], share, margin))
+    rankings = read_rankings(evaluations[-1]["uri"]).select(["query_id", "category", "target_rank"])
+    ranks = {row["query_id"]: (row["category"], row["target_rank"]) for row in rankings.to_pylist()}
+    return LineResult(line.name, line.seed, tuple(points), tuple(rounds), seconds, ranks)

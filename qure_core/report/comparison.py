@@ -1,0 +1,266 @@
+"""A comparison's results: a table, figures, JSON and one page.
+
+Shapes: S seeds, Q queries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jinja2
+import numpy as np
+
+from qure_core import storage
+from qure_core.evaluation.paired import Difference, paired_difference, samples_to_reach
+from qure_core.evaluation.published import PUBLISHED
+from qure_core.report.figures import recall_curves, share_against_margin
+
+
+class Compared(Protocol):
+    """What of a grid its page needs (`job.grid.Grid`)."""
+
+    seeds: list[int]
+    lines: dict[str, dict[str, Any]]
+    baseline: str | None
+    metric: str
+    recall: list[float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Figures in percent, by name, after so many triplets were seen."""
+
+    samples: int
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """Of a mining round: the share of its negatives that are relevant, None where that is not
+    known; and the median margin between a target and its negatives."""
+
+    epoch: int
+    false_negatives: float | None
+    margin: float
+
+
+@dataclass(frozen=True)
+class LineResult:
+    """What one line under one seed measured.
+
+    seconds: of its epochs and rounds. ranks: each query's category and its target's rank at the
+    end, 0 the best, None without a target.
+    """
+
+    name: str
+    seed: int
+    points: tuple[Point, ...]
+    rounds: tuple[RoundFacts, ...]
+    seconds: float
+    ranks: Mapping[str, tuple[str, int | None]]
+
+
+def _hits(results: Sequence[LineResult], metric: str, queries: Sequence[str]) -> np.ndarray | None:
+    """Whether each query's target is found, [S, Q]; None where ``metric`` is no recall of it."""
+    found = re.fullmatch(r"R@(\d+)", metric)
+    ranks = [[result.ranks[query][1] for query in queries] for result in results]
+    if not found or any(rank is None for row in ranks for rank in row):
+        return None
+    return np.asarray(ranks) < int(found[1])
+
+
+def _difference(own: Sequence[LineResult], base: Sequence[LineResult], metric: str) -> Difference:
+    by_seed = [
+        one.points[-1].figures[metric] - other.points[-1].figures[metric]
+        for one, other in zip(own, base, strict=True)
+    ]
+    queries = sorted(base[0].ranks)
+    categories = [base[0].ranks[query][0] for query in queries]
+    other_SQ, base_SQ = (_hits(results, metric, queries) for results in (own, base))
+    return paired_difference(by_seed, other_SQ, base_SQ, categories)
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def summarise_lines(grid: Compared, results: Sequence[LineResult]) -> dict[str, Any]:
+    """All figures of a comparison as plain data: lines by the mean of the metric, best first."""
+    by_name = {name: [result for result in results if result.name == name] for name in grid.lines}
+    baseline = grid.baseline or next(iter(grid.lines))
+    rows: list[dict[str, Any]] = []
+    for name, own in by_name.items():
+        last = [result.points[-1].figures for result in own]
+        figures = {
+            key: {
+                "mean": float(np.mean([row[key] for row in last])),
+                "spread": _spread([row[key] for row in last]),
+            }
+            for key in last[0]
+        }
+        difference = _difference(own, by_name[baseline], grid.metric)
+        curves = [[(p.samples, p.figures[grid.metric]) for p in r.points] for r in own]
+        reached = {
+            f"{level:g}": [samples_to_reach(curve, level) for curve in curves]
+            for level in grid.recall
+        }
+        shares = [r.false_negatives for result in own for r in result.rounds[-1:]]
+        known = [share for share in shares if share is not None]
+        rows.append(
+            {
+                "name": name,
+                "seeds": [result.seed for result in own],
+                "figures": figures,
+                "start": float(np.mean([c[0][1] for c in curves])),
+                "difference": {
+                    "mean": difference.mean,
+                    "by_seed": list(difference.by_seed),
+                    "low": difference.low,
+                    "high": difference.high,
+                    "verdict": "baseline" if name == baseline else difference.verdict,
+                },
+                "seconds": float(np.mean([result.seconds for result in own])),
+                "samples_to_reach": reached,
+                "false_negatives": float(np.mean(known)) if known else None,
+                "margin": [r.margin for result in own for r in result.rounds],
+                "shares": [r.false_negatives for result in own for r in result.rounds],
+                "curves": curves,
+            }
+        )
+    rows.sort(key=lambda row: -row["figures"][grid.metric]["mean"])
+    return {"metric": grid.metric, "baseline": baseline, "seeds": grid.seeds, "lines": rows}
+
+
+def _number(value: float | None, spread: float | None = None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+
+
+def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The summary's columns and rows, for people."""
+    names = list(summary["lines"][0]["figures"])
+    levels = list(summary["lines"][0]["samples_to_reach"])
+    metric = summary["metric"]
+    columns = ["line", *names, f"{metric} less {summary['baseline']}'s", ""]
+    columns += [f"samples to {metric} {level}" for level in levels]
+    columns += ["false negatives", "seconds"]
+    rows = []
+    for line in summary["lines"]:
+        difference, reached = line["difference"], line["samples_to_reach"]
+        cells = [_number(**_mean(line["figures"][name])) for name in names]
+        interval = ""
+        if difference["low"] is not None and difference["verdict"] != "baseline":
+            interval = f" [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+        share = line["false_negatives"]
+        rows.append(
+            [
+                line["name"],
+                *cells,
+                ""
+                if difference["verdict"] == "baseline"
+                else f"{difference['mean']:+.2f}{interval}",
+                difference["verdict"],
+                *(_reached(reached[level]) for level in levels),
+                "" if share is None else f"{share:.2%}",
+                f"{line['seconds']:.0f}",
+            ]
+        )
+    return columns, rows
+
+
+def _mean(figure: dict[str, Any]) -> dict[str, Any]:
+    return {"value": figure["mean"], "spread": figure["spread"]}
+
+
+def _reached(samples: Sequence[int | None]) -> str:
+    known = [value for value in samples if value is not None]
+    if not known:
+        return "not"
+    return f"{np.mean(known):,.0f}" + ("" if len(known) == len(samples) else " (some)")
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns), *map(" | ".join, rows)]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def conclusion(summary: dict[str, Any]) -> list[str]:
+    """What can and cannot be said, plainly."""
+    baseline, metric = summary["baseline"], summary["metric"]
+    said = []
+    for verdict, words in (
+        ("ahead", f"ahead of {baseline} in {metric}"),
+        ("behind", f"behind {baseline} in {metric}"),
+        ("within noise", f"not told apart from {baseline} in {metric}: within noise"),
+    ):
+        names = [row["name"] for row in summary["lines"] if row["difference"]["verdict"] == verdict]
+        if names:
+            said.append(f"{words[0].upper()}{words[1:]}: {', '.join(names)}.")
+    if len(summary["seeds"]) < 3:
+        said.append(
+            f"{len(summary['seeds'])} seed(s): how much training differs by chance is hardly known."
+        )
+    return said
+
+
+def write_comparison(
+    output: str, grid: Compared, results: Sequence[LineResult], protocol: str
+) -> dict[str, Any]:
+    """Write results.json, table.md and report/index.html; return the summary with its page's URI.
+
+    ``protocol`` names the benchmark whose published figures are shown beside, if it has some.
+    """
+    summary = summarise_lines(grid, results)
+    columns, rows = table(summary)
+    said = conclusion(summary)
+    published = {
+        name: {key: f"{value:.2f}" for key, value in row.items()}
+        for name, row in PUBLISHED.get(protocol, {}).items()
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("qure_core.report", ""), autoescape=True
+    )
+    figures = [
+        {
+            "src": recall_curves({r["name"]: r["curves"] for r in summary["lines"]}, grid.metric),
+            "alt": f"{grid.metric} against samples",
+        }
+    ]
+    points = {
+        row["name"]: [
+            (margin, 100 * share)
+            for margin, share in zip(row["margin"], row["shares"], strict=True)
+            if share is not None
+        ]
+        for row in summary["lines"]
+    }
+    if any(points.values()):
+        src = share_against_margin({name: own for name, own in points.items() if own})
+        figures.append({"src": src, "alt": "false negatives against margin"})
+    page = environment.get_template("comparison.html.j2").render(
+        output=output,
+        seeds=", ".join(map(str, grid.seeds)),
+        columns=columns,
+        rows=rows,
+        said=said,
+        figures=figures,
+        published=published,
+        metric=grid.metric,
+        baseline=summary["baseline"],
+        settings={
+            name: ", ".join(f"{key} {value}" for key, value in own.items()) or "the config's own"
+            for name, own in grid.lines.items()
+        },
+    )
+    uri = storage.join(output, "report", "index.html")
+    storage.write_bytes(uri, page.encode())
+    text = markdown(columns, rows) + "\n" + "\n".join(said) + "\n"
+    storage.write_bytes(storage.join(output, "table.md"), text.encode())
+    summary |= {"report": uri, "said": said}
+    storage.write_json(storage.join(output, "results.json"), summary)
+    return summary
