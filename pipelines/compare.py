@@ -28,7 +28,7 @@ def work(arguments: tuple[Settings, argparse.Namespace]) -> None:
     from qure_core.job.comparison import compare
     from qure_core.job.grid import plan_lines, read_grid
     from qure_core.job.place import check_apart
-    from qure_core.report.comparison import markdown, table
+    from qure_core.report.comparison import told
     from qure_core.runtime.resources import connect
 
     settings, chosen = arguments
@@ -38,8 +38,7 @@ def work(arguments: tuple[Settings, argparse.Namespace]) -> None:
     lines = plan_lines(grid, settings, output)
     connect()
     summary = compare(grid, lines, output, settings.data.format)
-    print(f"\n{markdown(*table(summary))}")
-    print("\n".join(summary["said"]))
+    print(f"\n{told(summary)}")
     print(f"results: {output}/results.json\nreport:  {summary['report']}", flush=True)
 
 

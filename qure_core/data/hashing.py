@@ -15,6 +15,7 @@ from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.data.images import read_stored
 from qure_core.data.packed import order_of, shard_of
+from qure_core.runtime.in_process import device_here
 from qure_core.runtime.progress import Progress
 
 _BATCH = 512
@@ -46,7 +47,7 @@ def image_digests(images: Iterable[str]) -> dict[str, str]:
     uris = sorted(set(images), key=order_of)
     if not uris:
         return {}
-    if len(uris) <= _FEW:
+    if len(uris) <= _FEW or device_here() is not None:
         with ThreadPoolExecutor(_THREADS) as pool:
             parts = list(pool.map(_hash, ({"uri": [uri]} for uri in uris)))
         return {str(p["uri"][0]): str(p["sha256"][0]) for p in parts if p["sha256"][0]}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from qure_core import storage
 from qure_core.base.config import ClusterSettings, Settings
 from qure_core.base.errors import InputError, input_error
 from qure_core.data import read_split
+from qure_core.data.packed_index import image_source
+from qure_core.data.sources import files_of
+from qure_core.data.world import make_world
 from qure_core.evaluation.protocols import of_manifest
 from qure_core.evaluation.stage import read_rankings
 from qure_core.job.grid import Grid, Line
@@ -35,6 +38,7 @@ from qure_core.report.comparison import LineResult, Point, RoundFacts, write_com
 from qure_core.runtime.progress import Progress
 from qure_core.storage.lease import hold
 
+_SAY_SECONDS = 60.0
 COMPARISON_KIND, MARK = "comparison", "compare.json"
 NAMES = {MARK, "starts", "lines", "logs", "results.json", "table.md", "report"}
 
@@ -47,6 +51,7 @@ def compare(grid: Grid, lines: Sequence[Line], output: str, protocol: str) -> di
     """
     claim(output, MARK, COMPARISON_KIND, NAMES, "output")
     with hold(output, "comparing"):
+        _prepare(lines)
         failures = _run_all(lines, output)
         if failures:
             raise InputError(
@@ -57,6 +62,20 @@ def compare(grid: Grid, lines: Sequence[Line], output: str, protocol: str) -> di
             )
         results = [line_result(line) for line in lines]
         return write_comparison(output, grid, results, protocol)
+
+
+def _prepare(lines: Sequence[Line]) -> None:
+    """Draw and list what the lines' data still need: that is work for the whole cluster, which
+    none of them could wait for while it holds a part of it."""
+    known = {line.settings.data.model_dump_json(): line.settings for line in lines}
+    known |= {str(line.settings.mining.corpus): line.settings for line in lines}
+    for settings in known.values():
+        data, corpus = settings.data, settings.mining.corpus
+        if data.format == "world" and make_world(data.root, data.world):
+            print(f"[prepare] drew {data.world.images:,} images in {data.root}", flush=True)
+        files_of(data)
+        if corpus is not None:
+            image_source(corpus, data.index_dir, "mining.corpus")
 
 
 def _slot(cluster: ClusterSettings) -> dict[str, Any]:
@@ -85,7 +104,7 @@ def _run_all(lines: Sequence[Line], output: str) -> dict[str, str]:
     alone = not all(line.settings.cluster.in_process for line in lines)
     running: dict[Any, tuple[str, str]] = {}
     queued: list[tuple[str, str, Settings]] = [
-        ("start", uri, settings) for uri, settings in starts.items()
+        ("warm-up", uri, settings) for uri, settings in starts.items()
     ]
     failures: dict[str, str] = {}
     while queued or running:
@@ -97,7 +116,11 @@ def _run_all(lines: Sequence[Line], output: str) -> dict[str, str]:
                 kind,
                 label,
             )
-        (done,), _ = ray.wait(list(running), num_returns=1)
+        finished, _ = ray.wait(list(running), num_returns=1, timeout=_SAY_SECONDS)
+        if not finished:
+            print(f"[compare] running: {_told(running.values())}", flush=True)
+            continue
+        (done,) = finished
         kind, label = running.pop(done)
         why = ""
         try:
@@ -118,6 +141,11 @@ def _run_all(lines: Sequence[Line], output: str) -> dict[str, str]:
             else:
                 queued.append(("line", line.label, line.settings))
     return failures
+
+
+def _told(running: Iterable[tuple[str, str]]) -> str:
+    """What runs now: lines by name, warm-ups by directory."""
+    return ", ".join(label if kind == "line" else f"{kind} {label}" for kind, label in running)
 
 
 def _log_name(settings: Settings, output: str) -> str:
@@ -153,14 +181,34 @@ def line_result(line: Line) -> LineResult:
     points = [
         Point(seen[row["epoch"]], of_manifest(row).headline(row["metrics"])) for row in evaluations
     ]
-    rounds = []
+    rounds: list[RoundFacts] = []
+    before: dict[str, np.ndarray] | None = None
     seconds = sum(float(row["seconds"]) for row in epochs)
     for manifest in committed(run_dir, "rounds"):
         times = manifest["seconds"]
         seconds += times["embed"] + times["score to write, wall"]
-        share = false_negative_share(read_mined_set(manifest["uri"]), train)
-        margin = manifest["statistics"]["margin_to_target"]["median"]
-        rounds.append(RoundFacts(manifest["epoch"], share, margin))
+        mined = read_mined_set(manifest["uri"])
+        negatives, statistics = mined.negatives(), manifest["statistics"]
+        rounds.append(
+            RoundFacts(
+                manifest["epoch"],
+                false_negative_share(mined, train),
+                statistics["margin_to_target"]["median"],
+                statistics["set_size"]["median"],
+                statistics["found_share"],
+                None if before is None else _overlap(before, negatives),
+            )
+        )
+        before = negatives
     rankings = read_rankings(evaluations[-1]["uri"]).select(["query_id", "category", "target_rank"])
     ranks = {row["query_id"]: (row["category"], row["target_rank"]) for row in rankings.to_pylist()}
     return LineResult(line.name, line.seed, tuple(points), tuple(rounds), seconds, ranks)
+
+
+def _overlap(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Mean intersection over union of the queries' sets."""
+    shares = []
+    for query, before in one.items():
+        both = len(np.intersect1d(before, other[query]))
+        shares.append(both / (len(before) + len(other[query]) - both))
+    return float(np.mean(shares))

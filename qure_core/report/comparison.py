@@ -40,11 +40,16 @@ class Point:
 @dataclass(frozen=True)
 class RoundFacts:
     """Of a mining round: the share of its negatives that are relevant, None where that is not
-    known; and the median margin between a target and its negatives."""
+    known; the median margin between a target and its negatives; the median size of a set; the share
+    of queries that the rule served as it means it; and the mean overlap (intersection over union)
+    of a query's set with that of the round before, None of the first."""
 
     epoch: int
     false_negatives: float | None
     margin: float
+    size: float
+    found: float
+    overlap: float | None
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,9 @@ def summarise_lines(grid: Compared, results: Sequence[LineResult]) -> dict[str, 
             f"{level:g}": [samples_to_reach(curve, level) for curve in curves]
             for level in grid.recall
         }
-        shares = [r.false_negatives for result in own for r in result.rounds[-1:]]
-        known = [share for share in shares if share is not None]
+        ends = [result.rounds[-1] for result in own if result.rounds]
+        known = [r.false_negatives for r in ends if r.false_negatives is not None]
+        overlaps = [r.overlap for result in own for r in result.rounds if r.overlap is not None]
         rows.append(
             {
                 "name": name,
@@ -125,8 +131,17 @@ def summarise_lines(grid: Compared, results: Sequence[LineResult]) -> dict[str, 
                 "seconds": float(np.mean([result.seconds for result in own])),
                 "samples_to_reach": reached,
                 "false_negatives": float(np.mean(known)) if known else None,
-                "margin": [r.margin for result in own for r in result.rounds],
-                "shares": [r.false_negatives for result in own for r in result.rounds],
+                "mined": {
+                    "margin": float(np.mean([r.margin for r in ends])),
+                    "size": float(np.mean([r.size for r in ends])),
+                    "fallback": 1 - float(np.mean([r.found for r in ends])),
+                    "stability": float(np.mean(overlaps)) if overlaps else None,
+                }
+                if ends
+                else None,
+                "rounds": [
+                    [(r.margin, r.false_negatives) for r in result.rounds] for result in own
+                ],
                 "curves": curves,
             }
         )
@@ -147,7 +162,7 @@ def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     metric = summary["metric"]
     columns = ["line", *names, f"{metric} less {summary['baseline']}'s", ""]
     columns += [f"samples to {metric} {level}" for level in levels]
-    columns += ["false negatives", "seconds"]
+    columns += ["seconds"]
     rows = []
     for line in summary["lines"]:
         difference, reached = line["difference"], line["samples_to_reach"]
@@ -155,7 +170,6 @@ def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         interval = ""
         if difference["low"] is not None and difference["verdict"] != "baseline":
             interval = f" [{difference['low']:+.2f}, {difference['high']:+.2f}]"
-        share = line["false_negatives"]
         rows.append(
             [
                 line["name"],
@@ -165,11 +179,32 @@ def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 else f"{difference['mean']:+.2f}{interval}",
                 difference["verdict"],
                 *(_reached(reached[level]) for level in levels),
-                "" if share is None else f"{share:.2%}",
                 f"{line['seconds']:.0f}",
             ]
         )
     return columns, rows
+
+
+MINED = ("line", "false negatives", "margin", "negatives", "fallback", "stability")
+
+
+def mined_table(summary: dict[str, Any]) -> list[list[str]]:
+    """Rows of what the lines mined, by the columns `MINED`; none where nothing was."""
+    rows = []
+    for line in summary["lines"]:
+        if mined := line["mined"]:
+            share, stability = line["false_negatives"], mined["stability"]
+            rows.append(
+                [
+                    line["name"],
+                    "" if share is None else f"{share:.2%}",
+                    f"{mined['margin']:.4f}",
+                    f"{mined['size']:,.0f}",
+                    f"{mined['fallback']:.1%}",
+                    "" if stability is None else f"{stability:.2f}",
+                ]
+            )
+    return rows
 
 
 def _mean(figure: dict[str, Any]) -> dict[str, Any]:
@@ -187,6 +222,14 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as Markdown."""
     lines = [" | ".join(columns), " | ".join("---" for _ in columns), *map(" | ".join, rows)]
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def told(summary: dict[str, Any]) -> str:
+    """A comparison for people, as Markdown."""
+    parts = [markdown(*table(summary))]
+    if mined := mined_table(summary):
+        parts.append(markdown(MINED, mined))
+    return "\n".join([*parts, *conclusion(summary)])
 
 
 def conclusion(summary: dict[str, Any]) -> list[str]:
@@ -217,7 +260,7 @@ def write_comparison(
     """
     summary = summarise_lines(grid, results)
     columns, rows = table(summary)
-    said = conclusion(summary)
+    said = conclusion(summary)  # plainly, above the table
     published = {
         name: {key: f"{value:.2f}" for key, value in row.items()}
         for name, row in PUBLISHED.get(protocol, {}).items()
@@ -234,7 +277,8 @@ def write_comparison(
     points = {
         row["name"]: [
             (margin, 100 * share)
-            for margin, share in zip(row["margin"], row["shares"], strict=True)
+            for own in row["rounds"]
+            for margin, share in own
             if share is not None
         ]
         for row in summary["lines"]
@@ -248,6 +292,8 @@ def write_comparison(
         columns=columns,
         rows=rows,
         said=said,
+        mined_columns=MINED,
+        mined=mined_table(summary),
         figures=figures,
         published=published,
         metric=grid.metric,
@@ -259,7 +305,7 @@ def write_comparison(
     )
     uri = storage.join(output, "report", "index.html")
     storage.write_bytes(uri, page.encode())
-    text = markdown(columns, rows) + "\n" + "\n".join(said) + "\n"
+    text = told(summary) + "\n"
     storage.write_bytes(storage.join(output, "table.md"), text.encode())
     summary |= {"report": uri, "said": said}
     storage.write_json(storage.join(output, "results.json"), summary)
