@@ -19,13 +19,15 @@ from qure_core.data.loader import pixel_values
 from qure_core.embeddings.encoder import Encoder
 from qure_core.model import build_model, learn_tokenizer, load_model
 from qure_core.model.checkpoints import save_checkpoint
+from qure_core.model.combiner import Combiner
 from qure_core.model.convert import main as convert
 from qure_core.model.sprc import SPRCModel
 from qure_core.model.towers import TowersModel
 
 TEXTS = ["is red and longer", "a Striped dress, with long sleeves!"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz,!"
-FEATURES = int(facts("clip4cir_a_config")["feature_dim"])
+GOLDEN = min(path.stem for path in FOLDER.glob("clip4cir_*.pth"))
+FEATURES = int(facts(f"{GOLDEN}_config")["feature_dim"])
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
@@ -122,7 +124,7 @@ def test_released_combiner_weights(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = FOLDER / "clip4cir_a.pth"
+    source = FOLDER / f"{GOLDEN}.pth"
     # As the program saves them: beside other things, in a dictionary.
     state = torch.load(source, weights_only=True)
     torch.save({"epoch": 3, "Combiner": state}, tmp_path / "combiner.pt")
@@ -172,9 +174,9 @@ def test_weights_that_are_no_combiners_are_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    state = torch.load(
-        FOLDER / f"clip4cir_{'b' if change == 'other' else 'a'}.pth", weights_only=True
-    )
+    state = torch.load(FOLDER / f"{GOLDEN}.pth", weights_only=True)
+    if change == "other":
+        state = Combiner(FEATURES + 1, 4, 4, 0.0).state_dict()
     if change == "missing":
         del state["combiner_layer.weight"]
     if change == "short":

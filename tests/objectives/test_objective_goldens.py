@@ -36,13 +36,13 @@ def paired(query_BD: Tensor, target_BD: Tensor, scores_BB: Tensor | None = None)
 
 
 def held(losses_B: Tensor, loss: float, **gradients: tuple[Tensor, np.ndarray]) -> None:
-    """The mean of the losses is ``loss`` to 1e-6, and its gradients are those to 1e-6 of each
+    """The mean of the losses is ``loss`` to 1e-6, and its gradients are those to 5e-6 of each
     tensor's largest value."""
     mean = losses_B.mean()
     assert mean.item() == pytest.approx(loss, rel=1e-6), "loss"
     found = torch.autograd.grad(mean, [tensor for tensor, _ in gradients.values()])
     for (name, (_, expected)), value in zip(gradients.items(), found, strict=True):
-        bound = 1e-6 * max(float(np.abs(expected).max()), 1e-12)
+        bound = 5e-6 * max(float(np.abs(expected).max()), 1e-12)
         np.testing.assert_allclose(value.numpy(), expected, rtol=0, atol=bound, err_msg=name)
 
 
