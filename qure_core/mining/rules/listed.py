@@ -6,12 +6,14 @@ Shapes: Q queries. A place is a rank among all images but the target, 0 the best
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
+from qure_core.base.config import MiningSettings
+from qure_core.base.options import read_options
 from qure_core.mining.engines.ranked import Ranked
 from qure_core.mining.rules.rule import Selection
 
@@ -41,10 +43,17 @@ class Listed:
     figures: ClassVar[Mapping[str, str]] = {"left_alone": "images left alone"}
     needs: ClassVar[frozenset[str]] = frozenset()
     streams: ClassVar[bool] = False
-    options_of: ClassVar[type[ListedOptions]] = ListedOptions
+    options_of: ClassVar[type[ListedOptions]] = ListedOptions  # its own, where it has more
+
+    name: ClassVar[str]
 
     def __init__(self, chosen: ListedOptions) -> None:
         self.chosen = chosen
+
+    @classmethod
+    def of(cls, mining: MiningSettings) -> Self:
+        """The rule as the settings have it."""
+        return cls(read_options(cls.options_of, mining.options, "mining.options", cls.name))
 
     def options(self) -> dict[str, Any]:
         """Its settings."""

@@ -6,8 +6,6 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from qure_core.base.config import MiningSettings
-from qure_core.base.options import read_options
 from qure_core.mining.rules.bounded import Bounded, BoundOptions
 
 
@@ -21,8 +19,4 @@ class PercPos(Bounded):
     """The best images that score at most a ``share`` of the target's score."""
 
     name: ClassVar[str] = "perc_pos"
-
-    @classmethod
-    def of(cls, mining: MiningSettings) -> PercPos:
-        """The rule as the settings have it."""
-        return cls(read_options(PercPosOptions, mining.options, "mining.options", cls.name))
+    options_of = PercPosOptions

@@ -7,8 +7,6 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from qure_core.base.config import MiningSettings
-from qure_core.base.options import read_options
 from qure_core.mining.engines.ranked import Ranked
 from qure_core.mining.rules.listed import Listed, ListedOptions
 
@@ -25,11 +23,6 @@ class Random(Listed):
     name: ClassVar[str] = "random"
     found: ClassVar[str] = "of the whole corpus"
     options_of: ClassVar[type[ListedOptions]] = RandomOptions
-
-    @classmethod
-    def of(cls, mining: MiningSettings) -> Random:
-        """The rule as the settings have it."""
-        return cls(read_options(RandomOptions, mining.options, "mining.options", cls.name))
 
     def places(self, ranked: Ranked) -> Sequence[tuple[int, int, float | None]]:
         """All of them."""

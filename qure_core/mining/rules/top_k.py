@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from qure_core.base.config import MiningSettings
-from qure_core.base.options import read_options
 from qure_core.mining.engines.ranked import Ranked
 from qure_core.mining.rules.bounded import qualifying
 from qure_core.mining.rules.listed import Listed, ListedOptions
@@ -27,11 +25,6 @@ class TopK(Listed):
     found: ClassVar[str] = "the best that qualify"
     options_of: ClassVar[type[ListedOptions]] = TopKOptions
     chosen: TopKOptions
-
-    @classmethod
-    def of(cls, mining: MiningSettings) -> TopK:
-        """The rule as the settings have it."""
-        return cls(read_options(TopKOptions, mining.options, "mining.options", cls.name))
 
     def places(self, ranked: Ranked) -> Sequence[tuple[int, int, float | None]]:
         """From the target, or the top, or the bound on."""
