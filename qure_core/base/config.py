@@ -289,7 +289,8 @@ class MiningSettings(_Section):
     max_negatives: int | None = Field(
         None,
         ge=1,
-        description="keep at most so many of a query's negatives, a uniform sample (default: all)",
+        description="keep at most so many of a query's negatives, a uniform sample, or of weighted "
+        "ones those of the largest weights (default: all)",
     )
     engine: Literal["auto", "sort", "streaming"] = _free(
         "auto",

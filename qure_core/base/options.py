@@ -12,6 +12,10 @@ from qure_core.base.errors import InputError
 _Options = TypeVar("_Options", bound=BaseModel)
 
 
+class NoOptions(BaseModel, extra="forbid"):
+    """Of a part that has none."""
+
+
 def read_options(
     schema: type[_Options], given: Mapping[str, Any], setting: str, name: str
 ) -> _Options:

@@ -32,14 +32,14 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "ahead" or "behind" if the interval and every seed say so; else "within noise"."""
-        bounds = [*self.by_seed, *(x for x in (self.low, self.high) if x is not None)]
-        if len(self.by_seed) > 1 or self.low is not None:
-            if min(bounds) > 0:
-                return "ahead"
-            if max(bounds) < 0:
-                return "behind"
-        return "within noise"
+        """ "ahead" or "behind" if the interval and every seed say so; else, and where there is no
+        interval, "within noise"."""
+        if self.low is None or self.high is None:
+            return "within noise"
+        bounds = (*self.by_seed, self.low, self.high)
+        if min(bounds) > 0:
+            return "ahead"
+        return "behind" if max(bounds) < 0 else "within noise"
 
 
 def paired_difference(

@@ -3,9 +3,9 @@
 Below its output, each line is a run directory of its own, so that a comparison that was killed goes
 on line by line:
 
-    compare.json    the mark, and what was compared     starts/      a warm-up per seed and model
-    lines/          a run per line and seed             features/    shared by all of them
-    logs/           what each of them said              results.json, table.md, report/index.html
+    compare.json    the mark, and the grid              starts/      a warm-up per seed and model
+    lines/          a run per line and seed             logs/        what each of them said
+    results.json, table.md, report/index.html
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from qure_core.base.config import ClusterSettings, Settings
 from qure_core.base.errors import InputError, input_error
 from qure_core.data import read_split
 from qure_core.data.packed_index import image_source
-from qure_core.data.sources import files_of
+from qure_core.data.sources import Dataset, files_of
 from qure_core.data.world import make_world
-from qure_core.evaluation.protocols import of_manifest
+from qure_core.evaluation.protocols import of_format, of_manifest
 from qure_core.evaluation.stage import read_rankings
 from qure_core.job.grid import Grid, Line
 from qure_core.job.layout import committed
@@ -36,6 +36,7 @@ from qure_core.mining.mined_set import read_mined_set
 from qure_core.report.build import false_negative_share
 from qure_core.report.comparison import LineResult, Point, RoundFacts, write_comparison
 from qure_core.runtime.progress import Progress
+from qure_core.runtime.resources import plan_resources
 from qure_core.storage.lease import hold
 
 _SAY_SECONDS = 60.0
@@ -49,8 +50,11 @@ def compare(grid: Grid, lines: Sequence[Line], output: str, protocol: str) -> di
     A line that fails leaves the others alone; `InputError` names those that did when all have
     ended, and nothing is concluded without them.
     """
+    _check_measured(grid, lines)
     claim(output, MARK, COMPARISON_KIND, NAMES, "output")
     with hold(output, "comparing"):
+        mark = {"kind": COMPARISON_KIND, "grid": grid.model_dump(mode="json")}
+        storage.write_json(storage.join(output, MARK), mark)
         _prepare(lines)
         failures = _run_all(lines, output)
         if failures:
@@ -62,6 +66,22 @@ def compare(grid: Grid, lines: Sequence[Line], output: str, protocol: str) -> di
             )
         results = [line_result(line) for line in lines]
         return write_comparison(output, grid, results, protocol)
+
+
+def _check_measured(grid: Grid, lines: Sequence[Line]) -> None:
+    """Raise `InputError` if the data have nothing to measure by, or not what the grid says."""
+    known = {line.settings.data.model_dump_json(): line.settings.data for line in lines}
+    for data in known.values():
+        columns = of_format(data.format).columns
+        if grid.metric not in columns:
+            raise InputError(
+                f"--grid: metric: {grid.metric!r} is none of the figures of {data.format} data: "
+                f"{', '.join(columns)}"
+            )
+        if data.format != "world" and not Dataset(data).has("val"):
+            raise InputError(
+                f"data.root: {data.root} has no val split, by which lines are compared; add one"
+            )
 
 
 def _prepare(lines: Sequence[Line]) -> None:
@@ -80,18 +100,12 @@ def _prepare(lines: Sequence[Line]) -> None:
 
 def _slot(cluster: ClusterSettings) -> dict[str, Any]:
     """What a line asks of the cluster: its own CPUs and GPU, or, of one with workers of its own,
-    nothing, as they ask for themselves."""
+    nothing, as they ask for themselves. `InputError` if no node has as much."""
+    plan = plan_resources(cluster)
     if not cluster.in_process:
         return {"num_cpus": 0}
-    gpus = ray.cluster_resources().get("GPU", 0)
     cpus = max(cluster.cpus_per_train_worker, cluster.cpus_per_embed_actor)
-    have = ray.cluster_resources().get("CPU", 0)
-    if cpus > have:
-        raise InputError(
-            f"cluster.cpus_per_train_worker: a line asks for {cpus} CPUs, and the cluster has "
-            f"{have:.0f}; lower it and cluster.cpus_per_embed_actor"
-        )
-    return {"num_cpus": cpus, "num_gpus": int(gpus > 0 and cluster.gpus != "none")}
+    return {"num_cpus": cpus, "num_gpus": min(plan.gpus, 1)}
 
 
 def _run_all(lines: Sequence[Line], output: str) -> dict[str, str]:
@@ -107,11 +121,13 @@ def _run_all(lines: Sequence[Line], output: str) -> dict[str, str]:
         ("warm-up", uri, settings) for uri, settings in starts.items()
     ]
     failures: dict[str, str] = {}
+    slots = {line.settings.run.dir: _slot(line.settings.cluster) for line in lines}
+    slots |= {uri: _slot(settings.cluster) for uri, settings in starts.items()}
     while queued or running:
         while queued and not (alone and running):
             kind, label, settings = queued.pop(0)
             log = storage.join(output, "logs", f"{_log_name(settings, output)}.txt")
-            slot = _slot(settings.cluster)
+            slot = slots[settings.run.dir]
             running[task.options(max_retries=0, **slot).remote(settings.resolved(), log)] = (
                 kind,
                 label,
@@ -158,6 +174,7 @@ def _run(settings: dict[str, Any], log: str) -> None:
     from qure_core.job.run import run
 
     chosen = Settings(**settings)
+    before = storage.read_bytes(log).decode() if storage.exists(log) else ""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -166,7 +183,7 @@ def _run(settings: dict[str, Any], log: str) -> None:
         said.write(traceback.format_exc())
         raise
     finally:
-        storage.write_bytes(log, said.getvalue().encode())
+        storage.write_bytes(log, (before + said.getvalue()).encode())
 
 
 def line_result(line: Line) -> LineResult:

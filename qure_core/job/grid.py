@@ -21,12 +21,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qure_core import storage
-from qure_core.base.config import Settings, flatten
+from qure_core.base.config import Settings, flatten, free_settings
 from qure_core.base.errors import InputError
 from qure_core.mining.stage import check_mining
 from qure_core.model.checkpoint_files import checkpoint_uri
 from qure_core.objectives import make_objective
-from qure_core.runtime.settings import refused
+from qure_core.runtime.settings import refused, resolve_places
 
 # What a warm-up must share with the lines that go on from it.
 _SHARED = ("model.", "pretrain.", "data.")
@@ -47,7 +47,7 @@ class Grid(BaseModel):
     seeds: list[int] = Field([1000], min_length=1)
     start: dict[str, Any] = {}
     settings: dict[str, Any] = {}
-    lines: dict[str, dict[str, Any]] = Field(min_length=1)
+    lines: dict[str, dict[str, Any]] = Field(min_length=1)  # each a line's own settings
     baseline: str | None = None
     metric: str = "R@10"
     recall: list[float] = [50.0, 75.0]
@@ -149,8 +149,10 @@ def _line(
     shared = {key: value for key, value in (every | own).items() if key.startswith(_SHARED)}
     # Lines go on from random negatives alone, whatever they mine themselves.
     start = base | {"train.negatives": "random"} | begun | shared
-    start |= {"run.seed": seed, "report.examples": 0} | _places(start, output)
-    known = {key: value for key, value in start.items() if key != "run.dir"}
+    start |= {"run.seed": seed, "report.examples": 0} | _places(start)
+    # Told apart by what changes its result: a later version's settings must not move it.
+    free, default = free_settings(), flatten_but_options(Settings().resolved())
+    known = {k: v for k, v in start.items() if k not in free and default.get(k) != v}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     start["run.dir"] = storage.join(output, "starts", f"{digest.hexdigest()[:12]}-{seed}")
     warmed = Start(
@@ -160,19 +162,17 @@ def _line(
     settings = base | {"train.eval_every": 1, "train.warmup_epochs": 0} | every | own
     settings |= _IN_WEIGHTS | {"model.pretrained": warmed.checkpoint, "model.sizes": {}}
     settings = {k: v for k, v in settings.items() if not k.startswith("model.sizes.")}
-    settings |= {"run.seed": seed, "report.examples": 0} | _places(settings, output)
+    settings |= {"run.seed": seed, "report.examples": 0} | _places(settings)
     folder = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
     settings["run.dir"] = storage.join(output, "lines", folder, f"seed-{seed}")
     return Line(name, seed, _settings(settings, name), warmed)
 
 
-def _places(settings: dict[str, Any], output: str) -> dict[str, Any]:
+def _places(settings: dict[str, Any]) -> dict[str, Any]:
     """Features are made once and shared; small work needs no workers of its own."""
     places: dict[str, Any] = {}
     if settings["features"] == "auto":
         places["features"] = "build"
-    if settings["feature_store.dir"].rsplit("/", 1)[-1] == "features":
-        places["feature_store.dir"] = storage.join(output, "features")
     alone = settings["cluster.train_workers"] == settings["cluster.embed_actors"] == 1
     return places | {"cluster.in_process": alone}
 
@@ -184,6 +184,12 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
         place = nested
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise InputError(f"--grid: {section}: {place!r} is no section of settings")
+        if not sections and not isinstance(value, dict) and key != "features":
+            raise InputError(
+                f"--grid: {key}: {value!r}; settings are by dotted name, e.g. objective.name"
+            )
         place[key] = {**place[key], **value} if isinstance(place.get(key), dict) else value
     return nested
 
@@ -191,6 +197,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 def _settings(flat: dict[str, Any], line: str) -> Settings:
     try:
         settings = Settings(**_nested(flat))
+        resolve_places(settings)
         make_objective(settings.objective.name, settings.objective.options)
         check_mining(settings)
     except ValidationError as error:

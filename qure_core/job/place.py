@@ -103,7 +103,7 @@ _UNFINISHED = {
     "checkpoints": ((r"(pretrain|train)-\d{4,}", CHECKPOINT_KIND),),
     "rounds": (
         (r"epoch-\d+", MINED_KIND),
-        (r"epoch-\d+-embeddings", EMBEDDINGS_KIND),
+        (r"epoch-\d+(-veto)?-embeddings", EMBEDDINGS_KIND),
         (r"epoch-\d+-scratch", SCRATCH_KIND),
     ),
     "evaluations": (

@@ -56,11 +56,12 @@ def _differences(settings: Settings, sections: Sequence[str]) -> list[str]:
     if not storage.exists(uri):
         return []
     before, _ = _kept_settings(settings.run.dir)
-    free = free_settings()
+    now, free = flatten(settings.resolved()), free_settings()
+    # An option that was taken away is in the old ones alone.
     return [
-        f"  {name}: {before.get(name)!r} there, {value!r} now"
-        for name, value in flatten(settings.resolved()).items()
-        if name.split(".")[0] in sections and name not in free and before.get(name) != value
+        f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now"
+        for name in [*now, *(set(before) - set(now))]
+        if name.split(".")[0] in sections and name not in free and before.get(name) != now.get(name)
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qure_core import storage
-from qure_core.base.config import Settings
+from qure_core.base.config import ModelSettings, Settings
 from qure_core.base.errors import InputError
 from qure_core.base.seeds import derive
 from qure_core.data import Split, read_split
@@ -23,12 +23,14 @@ def first_checkpoint(settings: Settings, train: Split) -> None:
     if any(latest_epoch(run_dir, stage) is not None for stage in ("pretrain", "train")):
         return
     if model_settings.pretrained:
+        _check_alone(model_settings)
         model, processor = load_model(
             model_settings.pretrained,
             model_settings.tokenizer,
             model_settings.dropout,
             model_settings.query_encoder,
             model_settings.encoder_options,
+            derive(settings.run.seed, "weights"),
         )
         processor.pixels = settings.data.pixels
         facts = {"stage": "train", "epoch": 0, "origin": model_settings.pretrained}
@@ -62,6 +64,17 @@ def first_checkpoint(settings: Settings, train: Split) -> None:
     processor.pixels = settings.data.pixels
     facts = {"stage": "pretrain", "epoch": 0, "origin": "random weights"}
     save_checkpoint(checkpoint_uri(run_dir, "pretrain", 0), model, processor, facts)
+
+
+def _check_alone(model: ModelSettings) -> None:
+    """Raise `InputError` for parts of a model beside whole weights, which have their own."""
+    parts = {name: getattr(model, name) for name in ("vision", "vision_size", "text")}
+    parts |= {f"sizes.{name}": value for name, value in model.sizes.model_dump().items()}
+    if given := [name for name, value in parts.items() if value is not None]:
+        raise InputError(
+            f"model.{given[0]}: model.pretrained {model.pretrained!r} has its own; leave "
+            f"{', '.join(f'model.{name}' for name in given)} out, or model.pretrained"
+        )
 
 
 def pretrain(settings: Settings, plan: Plan) -> None:

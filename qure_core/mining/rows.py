@@ -87,14 +87,20 @@ def rows_of(
     """The rows of queries whose rankings are sorted in whole, by what a rule selected."""
     keys_QM = ranked.keys_QM.cpu()
     rows = []
-    numbers = torch.stack([ranked.target_rank_Q, ranked.length_Q, selection.status_Q]).tolist()
+    numbers = [
+        values.tolist() for values in (ranked.target_rank_Q, ranked.length_Q, selection.status_Q)
+    ]
     for q, (target, length, status) in enumerate(zip(*numbers, strict=True)):
         ranks = curve_ranks(length, [target, *selection.marks[q]])
         places = torch.from_numpy(np.append(ranks, target))
         scores = key_scores(keys_QM[q, places]).numpy()
         keys = keys_QM[q, selection.ranks(q)].numpy()
-        kept = sample_places(keys, query_words[q], image_words, max_negatives)
-        weights = selection.weights[q][kept] if selection.weights else None
+        weights = selection.weights[q] if selection.weights else None
+        if weights is None:
+            kept = sample_places(keys, query_words[q], image_words, max_negatives)
+        else:
+            kept = np.sort(np.argsort(-weights, kind="stable")[:max_negatives])
+            weights = weights[kept]
         rows.append(
             MinedRow(
                 target_score=float(scores[-1]),

@@ -205,7 +205,9 @@ def mining_rule(settings: Settings) -> Rule:
 
 def check_mining(settings: Settings) -> None:
     """Raise `InputError` if the rule or its veto cannot be what the settings name."""
-    mining_rule(settings)
+    rule = mining_rule(settings)
+    if settings.mining.engine == "streaming":
+        _check_streams(settings, rule)
     if veto := settings.mining.veto:
         try:
             checkpoint_digest(veto)
@@ -216,21 +218,23 @@ def check_mining(settings: Settings) -> None:
 def choose_engine(settings: Settings, corpora: dict[str, tuple[str, ...]]) -> str:
     """The engine of a round: as set, or by the size of the largest corpus."""
     rule = mining_rule(settings)
-    if settings.mining.engine == "streaming" and settings.mining.veto:
-        raise InputError(
-            "mining.engine: a veto needs whole rankings, which 'streaming' does not make; set "
-            "mining.engine to 'auto' or 'sort'"
-        )
-    if settings.mining.engine == "streaming" and not rule.streams:
-        raise InputError(
-            f"mining.engine: the rule {rule.name} needs whole rankings, which 'streaming' does not "
-            "make; set mining.engine to 'auto' or 'sort'"
-        )
+    if settings.mining.engine == "streaming":
+        _check_streams(settings, rule)
     if settings.mining.engine != "auto":
         return settings.mining.engine
     largest = max(len(ids) for ids in corpora.values())
     streams = rule.streams and not settings.mining.veto
     return "streaming" if largest >= STREAMING_FROM and streams else "sort"
+
+
+def _check_streams(settings: Settings, rule: Rule) -> None:
+    if rule.streams and not settings.mining.veto:
+        return
+    what = "a veto" if rule.streams else f"the rule {rule.name}"
+    raise InputError(
+        f"mining.engine: {what} needs whole rankings, which 'streaming' does not make; set "
+        "mining.engine to 'auto' or 'sort'"
+    )
 
 
 def _blocks(
@@ -241,7 +245,8 @@ def _blocks(
 ) -> list[QueryBlock]:
     mining = settings.mining
     if engine == "sort":
-        return make_blocks(triplets, corpora, mining.memory_mb, mining.query_block)
+        memory_mb = mining.memory_mb // 2 if mining.veto else mining.memory_mb  # scores of both
+        return make_blocks(triplets, corpora, memory_mb, mining.query_block)
     # A streaming task holds, per query, the scores of a chunk and a summary.
     held = CHUNK_COLUMNS + summary_bytes(mining.max_negatives) // BYTES_PER_SCORE
     return make_blocks(triplets, corpora, mining.memory_mb, mining.query_block, held)

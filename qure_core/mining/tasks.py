@@ -185,14 +185,22 @@ def _peak_mb() -> float:
 
 
 STATISTICS_COLUMNS = [
-    *("target_score", "target_rank", "num_negatives", "negative_scores", "status"),
+    *("target_score", "target_rank", "num_negatives", "negative_scores", "negative_weights"),
+    "status",
     *("known_positives", "vetoed"),
 ]
 
 
 def block_statistics(rows: pa.RecordBatch, rule: Rule) -> dict[str, np.ndarray]:
     """Small per-query numbers that the driver merges: sizes, margins, ranks, statuses, figures."""
-    means = [float(np.mean(scores.values.to_numpy())) for scores in rows["negative_scores"]]
+    means = [
+        float(
+            np.average(scores.values.to_numpy(), weights=weights.values)
+            if weights.is_valid
+            else np.mean(scores.values.to_numpy())
+        )
+        for scores, weights in zip(rows["negative_scores"], rows["negative_weights"], strict=True)
+    ]
     margin = rows["target_score"].to_numpy() - np.asarray(means, np.float32)
     codes = [rule.statuses.index(name) for name in rows["status"].to_pylist()]
     statistics = {

@@ -48,6 +48,7 @@ def build_model(
                 f"{bert.config.vocab_size:,}; leave it out, and the one beside them is taken"
             )
         fields["qformer"] |= qformer_fields(bert)
+        _check_sizes(bert.config, sizes or ModelSizes())
     for name, value in (sizes or ModelSizes()).model_dump(exclude_none=True).items():
         (fields if name in _OF_THE_MODEL else fields["qformer"])[name] = value
     eyes = load_vision(vision, vision_size) if vision else None
@@ -57,6 +58,11 @@ def build_model(
     fields["query_encoder"] = query_encoder
     fields["encoder_options"] = checked_options(query_encoder, encoder_options or {})
     if query_encoder in TOWERS:
+        if sizes is not None and sizes.query_tokens is not None:
+            raise InputError(
+                f"model.sizes.query_tokens: with {query_encoder} an image is one vector; leave it "
+                "out"
+            )
         qformer = fields.pop("qformer")
         fields |= {"query_tokens": 1, "text": _text_fields(qformer)}
     try:
@@ -71,8 +77,25 @@ def build_model(
         elif bert is not None:
             _fill_text(model.get_submodule("text_encoder"), bert.state_dict())
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"model: the parts do not fit each other: {error}") from None
+        raise InputError(
+            f"model.sizes, model.vision, model.text: they do not fit each other: {error}"
+        ) from None
     return model, QuReProcessor(tokenizer, config.image_size, config.max_text_tokens)
+
+
+def _check_sizes(bert: Any, sizes: ModelSizes) -> None:
+    """Raise `InputError` for sizes that a BERT's layers cannot have."""
+    for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
+        wanted, there = getattr(sizes, name), getattr(bert, name)
+        if wanted not in (None, there):
+            raise InputError(
+                f"model.sizes.{name}: {wanted}, but model.text has {there}; leave it out"
+            )
+    if (sizes.num_hidden_layers or 0) > bert.num_hidden_layers:
+        raise InputError(
+            f"model.sizes.num_hidden_layers: {sizes.num_hidden_layers}, but model.text has "
+            f"{bert.num_hidden_layers}, of which the first are taken"
+        )
 
 
 def _text_fields(qformer: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +103,7 @@ def _text_fields(qformer: Mapping[str, Any]) -> dict[str, Any]:
     names = (
         *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
         *("intermediate_size", "max_position_embeddings", "layer_norm_eps"),
-        *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob"),
     )
     found = {name: qformer[name] for name in names if name in qformer}
     return {"model_type": "bert", "hidden_size": 768, **found}

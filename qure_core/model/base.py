@@ -65,6 +65,14 @@ def check_finite(module: nn.Module, source: str) -> None:
             )
 
 
+def check_positions(tokens: int, positions: int) -> None:
+    """Raise `ValueError` if texts may have more ``tokens`` than a model has ``positions``."""
+    if tokens > positions:
+        raise ValueError(
+            f"max_text_tokens {tokens} exceeds the {positions} positions of the text's layers"
+        )
+
+
 @dataclass(frozen=True)
 class Embedded:
     """A batch's composed queries [B, D] and answers [A, T, D], unit vectors.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -38,9 +39,11 @@ def from_clip(
     source: str,
     query_encoder: Literal["combiner", "sum"],
     options: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> tuple[TowersModel, QuReProcessor]:
     """Towers with the weights of a CLIP model in ``directory``, called ``source``; a Combiner
-    starts at random. Raises `InputError` if a part of it cannot be loaded or is not finite.
+    starts at random, by ``seed``. Raises `InputError` if a part of it cannot be loaded or is not
+    finite.
     """
     parts = []
     try:
@@ -56,7 +59,7 @@ def from_clip(
                 )
             parts.append(part)
         tokenizer = CLIPTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"model.pretrained: cannot load {source!r} as a CLIP model ({first_line(error)})"
         ) from None
@@ -72,7 +75,7 @@ def from_clip(
         encoder_options=options or {},
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = TowersModel(config)
     model.vision_encoder.load_state_dict(vision.state_dict())
     model.text_encoder.load_state_dict(text.state_dict())

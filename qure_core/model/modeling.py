@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-from qure_core.model.base import ComposedModel, Embedded
+from qure_core.model.base import ComposedModel, Embedded, check_positions
 from qure_core.model.configuration import QuReConfig
 from qure_core.model.qformer import qformer_hidden_states
 
@@ -28,6 +28,7 @@ class QuReModel(ComposedModel):
                 f"qformer.encoder_hidden_size={qformer_config.encoder_hidden_size} differs from "
                 f"vision.hidden_size={width}"
             )
+        check_positions(config.max_text_tokens, qformer_config.max_position_embeddings)
         hidden = qformer_config.hidden_size
         self.ln_vision = nn.LayerNorm(width, eps=config.ln_vision_eps)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.query_tokens, hidden))

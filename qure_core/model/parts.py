@@ -5,11 +5,13 @@ Shapes: W vision width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, BertModel
 
@@ -17,6 +19,7 @@ from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.data.images import CLIP_MEAN, CLIP_STD
 from qure_core.model import samples
+from qure_core.model.base import check_finite
 from qure_core.model.modeling import QuReModel
 from qure_core.model.vision import AnyVision, probe
 
@@ -67,13 +70,37 @@ def load_vision(source: str, image_size: int | None = None) -> VisionPart:
     return VisionPart(fields, encoder.state_dict(), positions)
 
 
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+# A pooler is no part of what is used; many models are published without one.
+_MAY_LACK = re.compile(r"(.*\.)?pooler\..*")
+
+
+def _whole(kind: Any, directory: str, source: str, setting: str, config: Any = None) -> Any:
+    """A model with all of its weights from ``directory``; what it lacks would be drawn at random,
+    and is refused."""
+    given = {} if config is None else {"config": config}
+    loaded: Any = kind.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, **given
+    )
+    model, info = loaded
+    missing = sorted(n for n in map(str, info["missing_keys"]) if not _MAY_LACK.fullmatch(n))
+    if missing:
+        raise InputError(
+            f"{setting}: {source!r} lacks {len(missing)} parameter(s) of its model, first "
+            f"{', '.join(missing[:3])}; take a whole one"
+        )
+    check_finite(model, f"{setting}: {source}")
+    return model
+
+
 def _load_vision(directory: str, source: str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         config = AutoConfig.from_pretrained(directory)
         config = getattr(config, "vision_config", config)  # of an image-text model, its image side
-        model = AutoModel.from_pretrained(directory, config=config, dtype=torch.float32)
-        return model, _preprocessing(directory)
-    except (OSError, ValueError, KeyError) as error:
+        return _whole(AutoModel, directory, source, "model.vision", config), _preprocessing(
+            directory
+        )
+    except _UNREADABLE as error:
         raise InputError(
             f"model.vision: cannot load {source!r} ({first_line(error)}); give a directory or URI "
             "of a vision model, or a hub id on a machine that reaches the hub"
@@ -110,8 +137,13 @@ def load_text(source: str) -> BertModel:
                     f"model.text: {source!r} is a {kind!r} model; a BERT is needed, whose layers "
                     "the Q-Former's are"
                 )
-            found: BertModel = BertModel.from_pretrained(directory, dtype=torch.float32)
-        except (OSError, ValueError) as error:
+            found: BertModel = _whole(BertModel, directory, source, "model.text")
+            if getattr(found.config, "position_embedding_type", "absolute") != "absolute":
+                raise InputError(
+                    f"model.text: {source!r} has positions of another kind than the Q-Former; take "
+                    "a BERT with absolute ones"
+                )
+        except _UNREADABLE as error:
             raise InputError(
                 f"model.text: cannot load {source!r} ({first_line(error)}); give a directory or "
                 "URI of a BERT, or a hub id on a machine that reaches the hub"
@@ -129,6 +161,7 @@ def qformer_fields(bert: BertModel) -> dict[str, Any]:
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_position_embeddings,
         "layer_norm_eps": config.layer_norm_eps,
+        "hidden_act": config.hidden_act,
     }
 
 

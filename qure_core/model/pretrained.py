@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -109,27 +109,52 @@ def load_model(
     dropout: float | None = None,
     query_encoder: QueryEncoder | None = None,
     options: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> tuple[ComposedModel, QuReProcessor]:
     """Load weights and processor from a directory of ours or a Hugging Face BLIP-2 or CLIP model.
 
     ``source`` is a directory, its URI, or the hub id of a `Blip2ForImageTextRetrieval` or a
     `CLIPModel`. ``dropout`` replaces the Q-Former's for training. ``query_encoder`` and its
     ``options`` replace what the weights were made with, where it can be made of them: what it has
-    besides starts at random.
+    besides starts at random, by ``seed``.
     """
+    options = options or {}
+    model: ComposedModel
     with storage.local_copy(source, leave_out={OPTIMIZER_FILE}) as directory:
-        model, processor = _load_model(directory, source, tokenizer, dropout, query_encoder)
-    wanted = query_encoder or model.config.query_encoder
-    if wanted != model.config.query_encoder or options:
-        model = with_query_encoder(model, wanted, options or {}, source)
+        if _is_clip(directory):
+            if tokenizer:
+                raise InputError(f"model.tokenizer: {source!r}, a CLIP, has its own; leave it out")
+            kind: Literal["combiner", "sum"] = "combiner" if query_encoder == "combiner" else "sum"
+            checked = checked_options(kind, options)
+            model, processor = from_clip(directory, source, kind, checked, seed)
+        else:
+            model, processor = _load_model(directory, source, tokenizer, dropout)
+    wanted, there = query_encoder or model.config.query_encoder, model.config.query_encoder
+    known = model.config.encoder_options
+    if wanted != there or known | options != known:
+        given = known | options if wanted == there else options
+        model = with_query_encoder(model, wanted, given, source, seed)
     return model, processor
 
 
+def _is_clip(directory: str) -> bool:
+    try:
+        return (
+            not _is_ours(directory) and AutoConfig.from_pretrained(directory).model_type == "clip"
+        )
+    except (OSError, ValueError):
+        return False  # what it is not is said when it is read
+
+
 def with_query_encoder(
-    model: ComposedModel, query_encoder: QueryEncoder, options: dict[str, Any], source: str
+    model: ComposedModel,
+    query_encoder: QueryEncoder,
+    options: dict[str, Any],
+    source: str,
+    seed: int,
 ) -> ComposedModel:
     """A model with the weights of ``model`` and another query encoder; what that has besides starts
-    at random. Raises `InputError` where it cannot be made of them."""
+    at random, by ``seed``. Raises `InputError` where it cannot be made of them."""
     if (model.config.query_encoder in TOWERS) != (query_encoder in TOWERS):
         needed = "a CLIP model" if query_encoder in TOWERS else "a BLIP-2 or QuRe model"
         raise InputError(
@@ -141,10 +166,17 @@ def with_query_encoder(
     config = QuReConfig(**fields)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             changed = model_class(config)(config)
     except ValueError as error:
         raise InputError(f"model.query_encoder: {error}") from None
+    sizes = {name: value.shape for name, value in changed.state_dict().items()}
+    other = [n for n, v in model.state_dict().items() if n in sizes and v.shape != sizes[n]]
+    if other:
+        raise InputError(
+            f"model.encoder_options: {source!r} has a {other[0]} of another size; leave out what "
+            "sizes it"
+        )
     theirs = model.state_dict()
     own = changed.state_dict()
     if left := sorted(name for name in theirs if name not in own):
@@ -171,7 +203,6 @@ def _load_model(
     source: str,
     tokenizer: str | None,
     dropout: float | None,
-    query_encoder: QueryEncoder | None,
 ) -> tuple[ComposedModel, QuReProcessor]:
     try:
         directory = _of_the_hub(directory)
@@ -199,8 +230,6 @@ def _load_model(
                 "with, which lie beside it; leave model.tokenizer out"
             )
         return model, processor
-    if found == "clip":
-        return from_clip(directory, source, "combiner" if query_encoder == "combiner" else "sum")
     if found != "blip-2":
         raise InputError(
             f"model.pretrained: {source!r} is a {found!r} model; a QuRe, BLIP-2 "

@@ -62,11 +62,14 @@ class QuReProcessor:
         clip = isinstance(self.tokenizer, CLIPTokenizer)
         encoded = self.tokenizer(
             list(texts) if clip else [clean_text(text) for text in texts],
-            padding="longest",
-            pad_to_multiple_of=8,
             truncation=True,
             max_length=self.max_text_tokens,
-            return_tensors="pt",
+        )
+        longest = max(map(len, encoded["input_ids"]))
+        # A multiple of 8, but no position that the model has not: CLIP has 77.
+        length = min(-(-longest // 8) * 8, self.max_text_tokens)
+        encoded = self.tokenizer.pad(
+            encoded, padding="max_length", max_length=length, return_tensors="pt"
         )
         return encoded["input_ids"], encoded["attention_mask"]
 

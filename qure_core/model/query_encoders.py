@@ -6,17 +6,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from qure_core.base.options import read_options
+from qure_core.base.options import NoOptions, read_options
 from qure_core.model.base import ComposedModel
 from qure_core.model.configuration import QuReConfig
 from qure_core.model.modeling import QuReModel
 from qure_core.model.sprc import SPRCModel, SPRCOptions
 from qure_core.model.towers import CombinerOptions, SumOptions, TowersModel
-
-
-class NoOptions(BaseModel, extra="forbid"):
-    """There are none."""
-
 
 QUERY_ENCODERS: dict[str, tuple[type[ComposedModel], type[BaseModel]]] = {
     "qformer": (QuReModel, NoOptions),

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, CLIPTextModelWithProjection
 
-from qure_core.model.base import ComposedModel, Embedded
+from qure_core.model.base import ComposedModel, Embedded, check_positions
 from qure_core.model.combiner import Combiner
 from qure_core.model.configuration import QuReConfig
 
@@ -50,6 +50,7 @@ class TowersModel(ComposedModel):
             if config.vision_type == "clip_projected"
             else nn.Linear(config.vision_width, features)
         )
+        check_positions(config.max_text_tokens, config.text["max_position_embeddings"])
         self.text_encoder: nn.Module = make_text_encoder(config.text)
         self.is_clip = isinstance(self.text_encoder, CLIPTextModelWithProjection)
         self.text_projection: nn.Module = (

@@ -156,10 +156,15 @@ def _round_row(manifest: dict[str, Any], mined: MinedSet, train: Split) -> list[
 
 
 def false_negative_share(mined: MinedSet, train: Split) -> float | None:
-    """Mean share of a query's hard negatives that are relevant; None where relevance is unknown."""
-    negatives = mined.negatives()
+    """Mean share of a query's hard negatives that are relevant, each as likely as it is drawn; None
+    where relevance is unknown."""
+    negatives, weights = mined.negatives(), mined.weights()
     shares = [
-        float(np.isin(negatives[t.query_id], t.relevant_ids).mean())
+        float(
+            np.average(
+                np.isin(negatives[t.query_id], t.relevant_ids), weights=weights.get(t.query_id)
+            )
+        )
         for t in train.triplets
         if t.relevant_ids
     ]

@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 
 from qure_core import storage
+from qure_core.base.errors import InputError
 from qure_core.evaluation.paired import Difference, paired_difference, samples_to_reach
 from qure_core.evaluation.published import PUBLISHED
 from qure_core.report.figures import recall_curves, share_against_margin
@@ -78,6 +79,11 @@ def _hits(results: Sequence[LineResult], metric: str, queries: Sequence[str]) ->
 
 
 def _difference(own: Sequence[LineResult], base: Sequence[LineResult], metric: str) -> Difference:
+    if lacking := [r for r in (*own, *base) if metric not in r.points[-1].figures]:
+        raise InputError(
+            f"--grid: metric: {metric} was not measured by {lacking[0].name}: the data do not say "
+            "what it needs; take another figure"
+        )
     by_seed = [
         one.points[-1].figures[metric] - other.points[-1].figures[metric]
         for one, other in zip(own, base, strict=True)

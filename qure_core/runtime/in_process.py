@@ -27,7 +27,7 @@ def stages_in_process(cluster: ClusterSettings) -> Iterator[None]:
     if cluster.in_process:
         import torch  # here, because a command that computes nothing needs none of it
 
-        gpu = cluster.gpus != "none" and torch.cuda.is_available()
+        gpu = cluster.gpus not in ("none", 0) and torch.cuda.is_available()
         _device = "cuda" if gpu else "cpu"
     try:
         yield

@@ -153,6 +153,12 @@ def load_settings(
         raise InputError(
             "\n".join([f"{len(lines)} bad setting(s){where}:"] + [f"  {x}" for x in lines])
         )
+    resolve_places(settings)
+    return settings, namespace
+
+
+def resolve_places(settings: Settings) -> None:
+    """Make whole URIs of the places that settings name, in place."""
     settings.run.dir = storage.resolve(settings.run.dir)
     settings.data.root = storage.resolve(settings.data.root)
     settings.data.index_dir = storage.resolve(settings.data.index_dir)
@@ -163,4 +169,3 @@ def load_settings(
     if settings.mining.veto is not None:
         settings.mining.veto = storage.resolve(settings.mining.veto)
     settings.feature_store.dir = storage.resolve(settings.feature_store.dir)
-    return settings, namespace

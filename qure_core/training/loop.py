@@ -198,6 +198,12 @@ def train_epochs(segment: Segment, worker: Worker) -> None:
         )
     task = _make_task(segment, model, load, processor, Share(rank, workers))
     model.train()
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            f"model.encoder_options: nothing of {model.config.query_encoder} is left to train with "
+            "a constant temperature; evaluate it as it is with pipelines/evaluate.py, or set "
+            "train_towers"
+        )
     if settings.train.compile:
         task.step.compile()
     prepare = worker.prepare or (lambda step: step.to(device))

@@ -69,6 +69,17 @@ def test_a_run_that_has_trained_keeps_its_settings_and_says_where_it_is(
         begin(settings_of(run, "--train.lr=1e-3"))
 
 
+def test_an_option_that_was_taken_away_is_another_setting(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--objective.name=info_nce", '--objective.options={"candidates": "own"}']
+    save_config(settings_of(run, *options))
+    for stage, epoch in (("pretrain", 0), ("train", 3)):
+        checkpoint(run, stage, epoch)
+    begin(settings_of(run, *options))
+    with pytest.raises(InputError, match=r"options\.candidates: 'own' there, None now"):
+        begin(settings_of(run, options[0]))
+
+
 def test_contents_are_compared_only_where_a_file_looks_different(tmp_path: Path) -> None:
     images = {}
     for name in "abc":

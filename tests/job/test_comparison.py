@@ -17,6 +17,7 @@ from conftest import JOB, ROOT, Runner
 
 from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
+from qure_core.job.comparison import compare
 from qure_core.job.grid import plan_lines, read_grid
 
 GRID: dict[str, Any] = {
@@ -62,7 +63,7 @@ def test_lines_share_their_seeds_start(tmp_path: Path) -> None:
             == f"{begun.run.dir}/checkpoints/train-0001"
         )
         assert (own.train.warmup_epochs, own.train.epochs, own.train.eval_every) == (0, 2, 1)
-        assert own.feature_store.dir == begun.feature_store.dir == "out/features"
+        assert own.features == begun.features == "build"
         assert own.cluster.in_process
     assert lines[4].settings.mining.options == {"negatives": 5}
     assert lines[4].settings.run.dir == "out/lines/best-below/seed-3"
@@ -80,6 +81,12 @@ def test_lines_share_their_seeds_start(tmp_path: Path) -> None:
         ({"lines": {"x": {"objective.name": "y"}}}, "--grid: x.*objective.name: 'y' is not one of"),
         ({"lines": {"x": {"mining.options": {"k": 1}}}}, "--grid: x.*steep_drops has none"),
         ({"settings": {"train.epochs": 0}}, "train.epochs"),
+        ({"lines": {"x": {"objective": "hcl"}}}, "objective: 'hcl'; settings are by dotted name"),
+        ({"lines": {"x": {"objective": "hcl", "objective.options": {}}}}, "objective: 'hcl'"),
+        (
+            {"lines": {"x": {"mining.engine": "streaming", "mining.rule": "top_k"}}},
+            "whole rankings",
+        ),
     ],
 )
 def test_grids_that_cannot_be_run_are_refused(
@@ -87,6 +94,33 @@ def test_grids_that_cannot_be_run_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         plan_lines(read_grid(written(tmp_path, **changes)), Settings(), "out")
+
+
+def test_a_start_is_known_by_what_changes_it(tmp_path: Path) -> None:
+    grid = read_grid(written(tmp_path))
+
+    def starts(config: Settings) -> list[str]:
+        return [line.start.checkpoint for line in plan_lines(grid, config, "out")]
+
+    assert starts(Settings(train={"log_every": 7}, data={"root": "elsewhere"})) == starts(
+        Settings()
+    )
+    assert starts(Settings(train={"lr": 1e-4})) != starts(Settings())
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"metric": "R@5"}, "metric: 'R@5' is none of the figures of world data: R@10"),
+        ({}, "has no val split, by which lines are compared"),
+    ):
+        data: dict[str, Any] = {} if changes else {"format": "jsonl", "root": str(tmp_path)}
+        row = {"reference": "a", "text": "b", "target": "c", "split": "train"}
+        (tmp_path / "triplets.jsonl").write_text(json.dumps(row))
+        grid = read_grid(written(tmp_path, **changes))
+        lines = plan_lines(grid, Settings(data=data), str(tmp_path / "out"))
+        with pytest.raises(InputError, match=message):
+            compare(grid, lines, str(tmp_path / "out"), "world")
+        assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_grid_is_refused(tmp_path: Path) -> None:
@@ -110,6 +144,7 @@ def arguments(world: Path, output: Path, grid: str) -> list[str]:
     own = [word for word in JOB if not word.startswith("--train.")]
     return [
         *own,
+        f"--feature_store.dir={output}-features",
         f"--data.root={world}",
         "--train.lr=1e-3",
         "--train.batch_size=16",

@@ -104,6 +104,30 @@ def test_random_is_all_but_the_target(scores: list[float], data: st.DataObject) 
     assert select("random", scores, target)[:2] == ("found", others(scores, target))
 
 
+def test_random_has_no_options() -> None:
+    with pytest.raises(InputError, match=r"mining.options.negatives: .*random has the options"):
+        rule_named("random").of(MiningSettings(options={"negatives": 5}))
+
+
+def test_a_weighted_set_keeps_its_likeliest(
+    embedded: tuple[str, str, QueryBlock], tmp_path: Path
+) -> None:
+    own, _, block = embedded
+    rule = rule_named("simans").of(MiningSettings(options={"a": 1e6}))
+    rows = {}
+    for most in (None, 3):
+        output = str(tmp_path / str(most))
+        task = RoundTask(own, output, output, 0, 1, True, rule, most, "fp32", 2**26)
+        mine_by_sorting(block, task)
+        rows[most] = pq.read_table(f"{output}/{part_name(0)}").to_pylist()
+    for whole, few in zip(rows[None], rows[3], strict=True):
+        assert max(few["negative_weights"]) == 1
+        best = sorted(whole["negative_weights"], reverse=True)[:3]
+        assert sorted(few["negative_weights"], reverse=True) == best
+        weight = dict(zip(whole["negative_ids"], whole["negative_weights"], strict=True))
+        assert few["negative_weights"] == [weight[name] for name in few["negative_ids"]]
+
+
 def plain_target_drop(
     candidates: list[int], likeness: dict[int, float], wanted: int | None
 ) -> list[int]:

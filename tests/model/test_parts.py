@@ -241,6 +241,55 @@ def test_towers_read_texts_as_the_bert_they_start_from(
         torch.testing.assert_close(made.eval().embed_texts(ids, mask), expected)
 
 
+@pytest.mark.parametrize("part", ["vision", "text"])
+def test_weights_that_are_not_whole_are_refused(
+    part: str, bert: tuple[BertModel, str], tmp_path: Path
+) -> None:
+    model: Any = bert[0] if part == "text" else FAMILIES["vit"]()
+    name = next(n for n in model.state_dict() if "layernorm" in n.lower())
+    state = model.state_dict()
+    model.save_pretrained(tmp_path, state_dict={n: v for n, v in state.items() if n != name})
+    CLIPImageProcessor(size={"shortest_edge": SIZE}).save_pretrained(tmp_path)
+    arguments = {part: str(tmp_path)}
+    with pytest.raises(InputError, match=rf"model.{part}: .* lacks 1 parameter\(s\) of its model"):
+        build_model("tiny", learn_tokenizer(TEXTS, 100), 0.0, 3, **arguments)  # type: ignore[arg-type]
+    model.save_pretrained(
+        tmp_path, state_dict=state | {name: torch.full_like(state[name], torch.nan)}
+    )
+    with pytest.raises(InputError, match=rf"model.{part}: .* not finite"):
+        build_model("tiny", learn_tokenizer(TEXTS, 100), 0.0, 3, **arguments)  # type: ignore[arg-type]
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(InputError, match=rf"model.{part}: cannot load"):
+        build_model("tiny", learn_tokenizer(TEXTS, 100), 0.0, 3, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "sizes", "message"),
+    [
+        ("qformer", {"num_hidden_layers": 4}, "model.sizes.num_hidden_layers: 4, but model.text"),
+        ("sum", {"num_hidden_layers": 4}, "model.sizes.num_hidden_layers: 4, but model.text"),
+        ("qformer", {"hidden_size": 96}, "model.sizes.hidden_size: 96, but model.text has 24"),
+        ("combiner", {"query_tokens": 8}, "model.sizes.query_tokens: with combiner an image is"),
+        ("qformer", {"max_text_tokens": 49}, "max_text_tokens 49 exceeds the 48 positions"),
+        ("sum", {"max_text_tokens": 49}, "max_text_tokens 49 exceeds the 48 positions"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    encoder: Any, sizes: dict[str, int], message: str, bert: tuple[BertModel, str]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build_model(
+            "tiny",
+            learn_tokenizer(TEXTS, 100),
+            0.0,
+            3,
+            encoder,
+            text=bert[1],
+            sizes=ModelSizes(**sizes),
+        )
+
+
 def test_words_beyond_those_of_the_bert_start_at_random(bert: tuple[BertModel, str]) -> None:
     theirs, folder = bert
     more = learn_tokenizer([*TEXTS, "quite another vocabulary"], 200)

@@ -25,6 +25,7 @@ from qure_core.model.sprc import SPRCModel
 from qure_core.model.towers import TowersModel
 
 TEXTS = ["is red and longer", "a Striped dress, with long sleeves!"]
+POSITIONS = 77  # as CLIP has, which is no multiple of 8
 LETTERS = "abcdefghijklmnopqrstuvwxyz,!"
 GOLDEN = min(path.stem for path in FOLDER.glob("clip4cir_*.pth"))
 FEATURES = int(facts(f"{GOLDEN}_config")["feature_dim"])
@@ -54,7 +55,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[CLIPModel, CLIPToken
                 **narrow,
                 num_attention_heads=2,
                 vocab_size=len(words),
-                max_position_embeddings=40,
+                max_position_embeddings=POSITIONS,
                 bos_token_id=words.bos_token_id,
                 eos_token_id=words.eos_token_id,
                 projection_dim=FEATURES,
@@ -116,6 +117,16 @@ def test_the_sum_of_a_clip_model(
         queries = encoder.encode_queries(pictures(), TEXTS)
         torch.testing.assert_close(queries, F.normalize(image + text, dim=-1))
         torch.testing.assert_close(encoder.encode_queries(texts=TEXTS), F.normalize(text, dim=-1))
+
+
+def test_texts_longer_than_clip_has_positions_are_cut(
+    clip: tuple[CLIPModel, CLIPTokenizer, str],
+) -> None:
+    model, processor = load_model(clip[2], query_encoder="sum")
+    ids, mask = processor.texts(["a " * 200, "b"])
+    assert ids.shape == mask.shape == (2, POSITIONS)
+    assert processor.texts(["a b"])[0].shape == (1, 8)
+    assert torch.isfinite(model.embed_texts(ids, mask)).all()
 
 
 def test_released_combiner_weights(
@@ -203,6 +214,28 @@ def test_what_fine_tuning_trains(clip: tuple[CLIPModel, CLIPTokenizer, str]) -> 
     assert trained("combiner", train_towers=True) == {"combiner", "temperature", "text_encoder"}
     assert trained("sum") == {"temperature", "text_encoder"}
     assert trained("sum", train_towers=False) == {"temperature"}
+
+
+def test_options_over_weights(clip: tuple[CLIPModel, CLIPTokenizer, str], tmp_path: Path) -> None:
+    model, processor = load_model(
+        clip[2], query_encoder="combiner", options={"projection": 8, "hidden": 12}, seed=1
+    )
+    assert isinstance(model, TowersModel)
+    assert model.combiner is not None
+    assert model.combiner.combiner_layer.weight.shape == (12, 16)
+    other, _ = load_model(clip[2], query_encoder="combiner", options={"projection": 8}, seed=2)
+    weight = "combiner.text_projection_layer.weight"
+    assert not torch.equal(other.state_dict()[weight], model.state_dict()[weight])
+    uri = str(tmp_path / "saved")
+    save_checkpoint(uri, model, processor, {"stage": "train", "epoch": 0})
+    # Of the same encoder, what is not said stays as it was.
+    again, _ = load_model(uri, options={"train_towers": True})
+    assert again.config.encoder_options == {"projection": 8, "hidden": 12, "train_towers": True}
+    assert torch.equal(again.state_dict()[weight], model.state_dict()[weight])
+    with pytest.raises(InputError, match=r"model.encoder_options: .* of another size; leave out"):
+        load_model(uri, options={"hidden": 13})
+    with pytest.raises(InputError, match=r"model.tokenizer: .*, a CLIP, has its own; leave it out"):
+        load_model(clip[2], "bert-base-uncased", query_encoder="sum")
 
 
 def test_a_damaged_clip_is_refused(

@@ -15,7 +15,8 @@ from qure_core import storage
 from qure_core.data import read_split
 from qure_core.data.loader import ImageLoader
 from qure_core.data.schema import Split, Triplet
-from qure_core.model import ComposedModel, QuReProcessor, encode_frozen, load_model
+from qure_core.model import ComposedModel, QuReProcessor, build_model, encode_frozen, load_model
+from qure_core.model.configuration import QueryEncoder
 from qure_core.training.batches import epoch_order
 from qure_core.training.negatives import random_negatives
 
@@ -28,12 +29,21 @@ class Recipe:
     objective: str = "bradley_terry"
     options: tuple[tuple[str, Any], ...] = ()
     negatives: int = 1
+    query_encoder: QueryEncoder = "qformer"
     seed: int = 1000
     lr: float = 1e-3
 
 
-def parts(run_dir: Path) -> tuple[ComposedModel, QuReProcessor, Split, dict[str, list[str]]]:
-    model, processor = load_model(str(run_dir / "checkpoints/train-0000"), dropout=0.0)
+def parts(
+    run_dir: Path, query_encoder: QueryEncoder = "qformer"
+) -> tuple[ComposedModel, QuReProcessor, Split, dict[str, list[str]]]:
+    start = str(run_dir / "checkpoints/train-0000")
+    model, processor = load_model(start, dropout=0.0)
+    if query_encoder == "sprc":
+        model, _ = load_model(start, dropout=0.0, query_encoder=query_encoder)
+    elif query_encoder == "combiner":
+        options = {"dropout": 0.0, "train_towers": True}
+        model, _ = build_model("tiny", processor.tokenizer, 0.0, 3, query_encoder, options)
     corpora = storage.read_json(str(run_dir / "data/corpora.json"))
     return model, processor, read_split(str(run_dir / "data/train")), corpora
 

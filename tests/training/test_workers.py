@@ -19,6 +19,7 @@ from qure_core import storage
 from qure_core.data.loader import ImageLoader
 from qure_core.data.schema import Triplet
 from qure_core.embeddings.encoder import Encoder
+from qure_core.model.configuration import QueryEncoder
 from qure_core.objectives import make_objective
 from qure_core.training.batches import (
     CaptionBatches,
@@ -46,7 +47,8 @@ def work(
     )
     share = Share(rank, workers)
     results = [epoch(share, run_dir, recipe) for recipe in recipes]
-    captions = caption_epoch(share, run_dir, recipes[0].batch_size)
+    size = recipes[0].batch_size
+    captions = {name: caption_epoch(share, run_dir, size, name) for name in ENCODERS}
     if rank == 0:
         torch.save((results, captions), out)
     # DDP must be gone by now: as the group's last owner it would wait for gloo's thread while it
@@ -58,7 +60,7 @@ def epoch(
     share: Share, run_dir: Path, recipe: Recipe
 ) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
     """An epoch as the training loop takes it, in DDP: weights, mean losses and mean figures."""
-    model, processor, split, corpora = parts(run_dir)
+    model, processor, split, corpora = parts(run_dir, recipe.query_encoder)
     model.train()
     objective = make_objective(recipe.objective, dict(recipe.options))
     optimisation = Optimisation(
@@ -89,9 +91,14 @@ def epoch(
     return model.state_dict(), means, figures
 
 
-def caption_epoch(share: Share, run_dir: Path, batch_size: int) -> list[float]:
+ENCODERS: tuple[QueryEncoder, ...] = ("qformer", "sprc", "combiner")
+
+
+def caption_epoch(
+    share: Share, run_dir: Path, batch_size: int, query_encoder: QueryEncoder
+) -> list[float]:
     """Mean losses of an epoch of image-text pretraining in DDP."""
-    model, processor, split, _ = parts(run_dir)
+    model, processor, split, _ = parts(run_dir, query_encoder)
     model.freeze_vision_encoder(False)
     model.train()
     captions = storage.read_json(str(run_dir / "data/captions.json"))
@@ -116,7 +123,8 @@ def caption_epoch(share: Share, run_dir: Path, batch_size: int) -> list[float]:
 
 
 def more(batch_size: int) -> list[Recipe]:
-    """The other objectives of whole batches, each with what it shares between workers."""
+    """The other objectives of whole batches, each with what it shares between workers, and the
+    other query encoders."""
     chosen: list[tuple[str, dict[str, Any]]] = [
         ("info_nce", {"directions": "both", "candidates": "own"}),
         ("hn_nce", {"weights": "released"}),
@@ -124,7 +132,10 @@ def more(batch_size: int) -> list[Recipe]:
         ("dcl", {"candidates": "targets"}),
         ("fnc", {"threshold": 0.2}),
     ]
-    return [Recipe(batch_size, name, tuple(options.items())) for name, options in chosen]
+    found = [Recipe(batch_size, name, tuple(options.items())) for name, options in chosen]
+    for encoder in ("sprc", "combiner"):
+        found.append(Recipe(batch_size, "info_nce", query_encoder=encoder))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +159,9 @@ def test_workers_share_one_epoch(
     torch.multiprocessing.spawn(work, arguments, nprocs=workers)
     results, caption_losses = torch.load(out)
     # Each step's are of the weights that the steps before it made.
-    assert len(caption_losses) > 2
-    assert caption_losses == pytest.approx(alone.setdefault(batch_size, caption_losses), rel=1e-5)
+    for name, losses in caption_losses.items():
+        assert len(losses) > 2
+        assert losses == pytest.approx(alone.setdefault((batch_size, name), losses), rel=1e-5)
     for recipe, (state, means, figures) in zip(recipes, results, strict=True):
         if recipe in more(batch_size):  # held against their definitions elsewhere
             expected, losses = alone.setdefault((recipe, "epoch"), (state, means))
