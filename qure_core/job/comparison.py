@@ -127,14 +127,12 @@ def _run_all(lines: Sequence[Line], output: str) -> dict[str, str]:
         while queued and not (alone and running):
             kind, label, settings = queued.pop(0)
             log = storage.join(output, "logs", f"{_log_name(settings, output)}.txt")
-            slot = slots[settings.run.dir]
-            running[task.options(max_retries=0, **slot).remote(settings.resolved(), log)] = (
-                kind,
-                label,
-            )
+            # A run whose worker is lost goes on elsewhere; what it raises is not tried again.
+            own = task.options(max_retries=settings.cluster.max_failures, **slots[settings.run.dir])
+            running[own.remote(settings.resolved(), log)] = (kind, label)
         finished, _ = ray.wait(list(running), num_returns=1, timeout=_SAY_SECONDS)
         if not finished:
-            print(f"[compare] running: {_told(running.values())}", flush=True)
+            print(f"[compare] under way or waiting for room: {_told(running.values())}", flush=True)
             continue
         (done,) = finished
         kind, label = running.pop(done)
@@ -160,7 +158,7 @@ def _run_all(lines: Sequence[Line], output: str) -> dict[str, str]:
 
 
 def _told(running: Iterable[tuple[str, str]]) -> str:
-    """What runs now: lines by name, warm-ups by directory."""
+    """Lines by name, warm-ups by directory."""
     return ", ".join(label if kind == "line" else f"{kind} {label}" for kind, label in running)
 
 
