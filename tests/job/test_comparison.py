@@ -40,7 +40,7 @@ def written(folder: Path, **changes: Any) -> str:
 
 
 def test_lines_share_their_seeds_start(tmp_path: Path) -> None:
-    lines = plan_lines(read_grid(written(tmp_path)), Settings(), "out")
+    lines = plan_lines(read_grid(written(tmp_path)), Settings(), f"{tmp_path}/out")
     assert [line.label for line in lines[:3]] == [
         "QuRe (seed 3)",
         "QuRe (seed 4)",
@@ -66,7 +66,7 @@ def test_lines_share_their_seeds_start(tmp_path: Path) -> None:
         assert own.features == begun.features == "build"
         assert own.cluster.in_process
     assert lines[4].settings.mining.options == {"negatives": 5}
-    assert lines[4].settings.run.dir == "out/lines/best-below/seed-3"
+    assert lines[4].settings.run.dir == f"{tmp_path}/out/lines/best-below/seed-3"
 
 
 @pytest.mark.parametrize(
@@ -233,6 +233,7 @@ def test_killed_it_goes_on_line_by_line(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.usefixtures("standing_cluster")
 def test_a_line_that_fails_leaves_the_others(
     compared: tuple[Path, str], world: Path, tmp_path: Path, run_pipeline: Runner
 ) -> None:
@@ -248,6 +249,7 @@ def test_a_line_that_fails_leaves_the_others(
     assert "lower train.lr" in (tmp_path / "out/logs/lines-wild-seed-3.txt").read_text()
 
 
+@pytest.mark.usefixtures("standing_cluster")
 def test_strangers_files_are_left(world: Path, tmp_path: Path, run_pipeline: Runner) -> None:
     output = tmp_path / "out"
     (output / "report").mkdir(parents=True)
