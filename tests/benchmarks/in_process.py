@@ -2,7 +2,8 @@
 
     python tests/benchmarks/in_process.py OUT
 
-Prints seconds of each, their ratio, and whether weights, mined sets and rankings are the same bytes.
+Prints seconds of each, their ratio, and whether weights, mined sets and rankings are the same
+bytes.
 """
 
 from __future__ import annotations
