@@ -18,6 +18,8 @@ Pixels = Literal["upright", "released"]
 """How images are taken (`data.pixels`)."""
 Texts = Literal["tidy", "released"]
 """How two captions are joined (`data.texts`)."""
+QueryEncoder = Literal["qformer", "sprc", "combiner", "sum"]
+"""What makes a query of an image and a text (`model.query_encoder`)."""
 
 _FREE: dict[str, Any] = {"free": True}
 
@@ -112,7 +114,7 @@ class ModelSizes(_Section):
 
 
 class ModelSettings(_Section):
-    query_encoder: Literal["qformer", "sprc", "combiner", "sum"] | None = Field(
+    query_encoder: QueryEncoder | None = Field(
         None,
         description="what makes a query of an image and a text: qformer (QuRe), sprc (sentence-"
         "level prompts), combiner (CLIP4CIR) or sum (of both features) (default: the one that "

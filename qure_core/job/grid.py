@@ -143,9 +143,9 @@ def flatten_but_options(value: dict[str, Any]) -> dict[str, Any]:
 def _line(
     grid: Grid, base: dict[str, Any], output: str, name: str, own: dict[str, Any], seed: int
 ) -> Line:
-    own = flatten_but_options(_nested(own)) if own else {}
-    every = flatten_but_options(_nested(grid.settings)) if grid.settings else {}
-    begun = flatten_but_options(_nested(grid.start)) if grid.start else {}
+    own, every, begun = (
+        flatten_but_options(_nested(some)) for some in (own, grid.settings, grid.start)
+    )
     shared = {key: value for key, value in (every | own).items() if key.startswith(_SHARED)}
     # Lines go on from random negatives alone, whatever they mine themselves.
     start = base | {"train.negatives": "random"} | begun | shared
@@ -160,7 +160,7 @@ def _line(
         checkpoint_uri(start["run.dir"], "train", int(start["train.epochs"])),
     )
     settings = base | {"train.eval_every": 1, "train.warmup_epochs": 0} | every | own
-    settings |= _IN_WEIGHTS | {"model.pretrained": warmed.checkpoint, "model.sizes": {}}
+    settings |= _IN_WEIGHTS | {"model.pretrained": warmed.checkpoint}
     settings = {k: v for k, v in settings.items() if not k.startswith("model.sizes.")}
     settings |= {"run.seed": seed, "report.examples": 0} | _places(settings)
     folder = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()

@@ -70,19 +70,12 @@ def _is_older_run(run_dir: str) -> bool:
 
 def claim_run(run_dir: str) -> None:
     """Mark ``run_dir`` as a run's, or raise `InputError` naming what is in the way there."""
-    if _is_marked(run_dir):
-        return
-    found = [name for name in storage.list_names(run_dir) if name in NAMES]
-    if found and not _is_older_run(run_dir):
-        raise InputError(
-            f"run.dir: {run_dir} is no run of this project, and a run would write over what is "
-            f"there: {', '.join(found)}. Nothing was changed; choose another directory, e.g. "
-            f"--run.dir {storage.join(run_dir, 'runs', 'first')}"
-        )
-    storage.check_writable(run_dir, "run.dir")
-    for uri, kind in _unfinished(run_dir) if found else ():
-        storage.adopt(uri, kind)  # what the older version left unfinished had no mark
-    storage.write_json(storage.join(run_dir, MARK), {"kind": RUN_KIND})
+    if not _is_marked(run_dir) and _is_older_run(run_dir):
+        storage.check_writable(run_dir, "run.dir")
+        for uri, kind in _unfinished(run_dir):
+            storage.adopt(uri, kind)  # what the older version left unfinished had no mark
+        storage.write_json(storage.join(run_dir, MARK), {"kind": RUN_KIND})
+    claim(run_dir, MARK, RUN_KIND, NAMES, "run.dir")
 
 
 def claim(folder: str, mark: str, kind: str, names: set[str], setting: str) -> None:
@@ -92,8 +85,9 @@ def claim(folder: str, mark: str, kind: str, names: set[str], setting: str) -> N
         return
     if found := [name for name in storage.list_names(folder) if name in names]:
         raise InputError(
-            f"{setting}: {folder} is no {kind} of this project, which would write over what is "
-            f"there: {', '.join(found)}. Nothing was changed; choose another directory"
+            f"{setting}: {folder} is no {kind} of this project, and a {kind} would write over what "
+            f"is there: {', '.join(found)}. Nothing was changed; choose another directory, e.g. "
+            f"--{setting} {storage.join(folder, f'{kind}s', 'first')}"
         )
     storage.check_writable(folder, setting)
     storage.write_json(storage.join(folder, mark), {"kind": kind})

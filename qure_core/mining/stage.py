@@ -75,10 +75,7 @@ def mine_round(
     job = mining_job(split, corpora, output, mining.stored)
     scratch, veto = f"{output}-scratch", _veto_job(settings, split, corpora, output)
     if manifest := storage.kept(output, MINED_KIND, facts, upgraded):
-        # A process that was killed between the commit and its tidying left these.
-        storage.discard(job.output, EMBEDDINGS_KIND)
-        storage.discard(f"{output}-veto-embeddings", EMBEDDINGS_KIND)
-        storage.discard(scratch, SCRATCH_KIND)
+        _tidy(output)  # a process that was killed between the commit and this left it
         return manifest
     check_round_place(output)
     check_corpora(split, corpora)
@@ -142,20 +139,27 @@ def mine_round(
         description["precision_check"] = precision_check(task, blocks, plan)
     lease.check()
     storage.write_manifest(output, MINED_KIND, description, [part_name(b.number) for b in blocks])
-    storage.discard(job.output, EMBEDDINGS_KIND)
-    storage.discard(f"{output}-veto-embeddings", EMBEDDINGS_KIND)
-    storage.discard(scratch, SCRATCH_KIND)
+    _tidy(output)
     return read_round(output)
+
+
+def _beside(output: str) -> tuple[tuple[str, storage.Kind], ...]:
+    """What a round keeps beside it until it is committed."""
+    return (
+        (f"{output}-embeddings", EMBEDDINGS_KIND),
+        (f"{output}-veto-embeddings", EMBEDDINGS_KIND),
+        (f"{output}-scratch", SCRATCH_KIND),
+    )
+
+
+def _tidy(output: str) -> None:
+    for uri, kind in _beside(output):
+        storage.discard(uri, kind)
 
 
 def check_round_place(output: str, setting: str = "") -> None:
     """Raise `InputError` if a round made at ``output`` would meet files that are not ours."""
-    for uri, kind in (
-        (output, MINED_KIND),
-        (f"{output}-embeddings", EMBEDDINGS_KIND),
-        (f"{output}-veto-embeddings", EMBEDDINGS_KIND),
-        (f"{output}-scratch", SCRATCH_KIND),
-    ):
+    for uri, kind in ((output, MINED_KIND), *_beside(output)):
         storage.check_place(uri, kind, setting)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qure_core.base.config import ModelSizes
+from qure_core.base.config import ModelSizes, QueryEncoder
 from qure_core.base.errors import InputError
 from qure_core.model.base import ComposedModel
-from qure_core.model.configuration import QueryEncoder, QuReConfig, preset_fields
+from qure_core.model.configuration import QuReConfig, preset_fields
 from qure_core.model.modeling import QuReModel
 from qure_core.model.parts import load_text, load_vision, qformer_fields, start_from_bert
 from qure_core.model.processing import QuReProcessor

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -20,18 +19,9 @@ from qure_core.base.errors import InputError
 from qure_core.model.base import check_finite
 from qure_core.model.configuration import QuReConfig
 from qure_core.model.lavis import read_state
-from qure_core.model.parts import first_line
+from qure_core.model.parts import UNREADABLE, fields_of, first_line, load_whole
 from qure_core.model.processing import QuReProcessor
 from qure_core.model.towers import TowersModel
-
-_COMMON = (
-    "architectures",
-    "dtype",
-    "transformers_version",
-    "_name_or_path",
-    "id2label",
-    "label2id",
-)
 
 
 def from_clip(
@@ -45,29 +35,20 @@ def from_clip(
     starts at random, by ``seed``. Raises `InputError` if a part of it cannot be loaded or is not
     finite.
     """
-    parts = []
     try:
-        for kind in (CLIPVisionModelWithProjection, CLIPTextModelWithProjection):
-            loaded: Any = kind.from_pretrained(
-                directory, dtype=torch.float32, output_loading_info=True
-            )
-            part, info = loaded
-            if missing := sorted(map(str, info["missing_keys"])):
-                raise InputError(
-                    f"{source}: lacks {len(missing)} parameter(s) of a CLIP model, first "
-                    f"{', '.join(missing[:3])}; take a whole one"
-                )
-            parts.append(part)
+        vision, text = (
+            load_whole(kind, directory, source, "model.pretrained", "a CLIP model")
+            for kind in (CLIPVisionModelWithProjection, CLIPTextModelWithProjection)
+        )
         tokenizer = CLIPTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise InputError(
             f"model.pretrained: cannot load {source!r} as a CLIP model ({first_line(error)})"
         ) from None
-    vision, text = parts
     config = QuReConfig(
         vision_type="clip_projected",
-        vision=_fields(vision.config),
-        text=_fields(text.config) | {"model_type": "clip_text_model"},
+        vision=fields_of(vision.config),
+        text=fields_of(text.config) | {"model_type": "clip_text_model"},
         query_tokens=1,
         embed_dim=text.config.projection_dim,
         max_text_tokens=text.config.max_position_embeddings,
@@ -79,12 +60,7 @@ def from_clip(
         model = TowersModel(config)
     model.vision_encoder.load_state_dict(vision.state_dict())
     model.text_encoder.load_state_dict(text.state_dict())
-    check_finite(model, source)
     return model, QuReProcessor(tokenizer, config.image_size, config.max_text_tokens)
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in _COMMON}
 
 
 def load_combiner(path: str, clip: str) -> tuple[TowersModel, QuReProcessor]:

@@ -6,13 +6,14 @@ from typing import Any, Literal, get_args
 
 from transformers import Blip2QFormerConfig, Blip2VisionConfig, CLIPVisionConfig, PreTrainedConfig
 
+from qure_core.base.config import QueryEncoder
+
 VISION_CONFIGS = {
     "clip": CLIPVisionConfig,
     "eva": Blip2VisionConfig,
     "clip_projected": CLIPVisionConfig,
 }
 VisionType = Literal["clip", "eva", "clip_projected", "hf"]
-QueryEncoder = Literal["qformer", "sprc", "combiner", "sum"]
 
 
 class QuReConfig(PreTrainedConfig):

@@ -51,7 +51,7 @@ def load_vision(source: str, image_size: int | None = None) -> VisionPart:
             model, facts = _load_vision(directory, source)
     size = image_size or facts["image_size"]
     fields: dict[str, Any] = {
-        "model": _fields_of(model.config),
+        "model": fields_of(model.config),
         "mean": list(facts["mean"]),
         "std": list(facts["std"]),
         "image_size": size,
@@ -70,15 +70,16 @@ def load_vision(source: str, image_size: int | None = None) -> VisionPart:
     return VisionPart(fields, encoder.state_dict(), positions)
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 # A pooler is no part of what is used; many models are published without one.
 _MAY_LACK = re.compile(r"(.*\.)?pooler\..*")
 
 
-def _whole(kind: Any, directory: str, source: str, setting: str, config: Any = None) -> Any:
+def load_whole(
+    kind: Any, directory: str, source: str, setting: str, what: str = "its model", **given: Any
+) -> Any:
     """A model with all of its weights from ``directory``; what it lacks would be drawn at random,
-    and is refused."""
-    given = {} if config is None else {"config": config}
+    and is refused, as is what is not finite. ``what`` it lacks parameters of, for people."""
     loaded: Any = kind.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, **given
     )
@@ -86,7 +87,7 @@ def _whole(kind: Any, directory: str, source: str, setting: str, config: Any = N
     missing = sorted(n for n in map(str, info["missing_keys"]) if not _MAY_LACK.fullmatch(n))
     if missing:
         raise InputError(
-            f"{setting}: {source!r} lacks {len(missing)} parameter(s) of its model, first "
+            f"{setting}: {source!r} lacks {len(missing)} parameter(s) of {what}, first "
             f"{', '.join(missing[:3])}; take a whole one"
         )
     check_finite(model, f"{setting}: {source}")
@@ -97,10 +98,9 @@ def _load_vision(directory: str, source: str) -> tuple[nn.Module, dict[str, Any]
     try:
         config = AutoConfig.from_pretrained(directory)
         config = getattr(config, "vision_config", config)  # of an image-text model, its image side
-        return _whole(AutoModel, directory, source, "model.vision", config), _preprocessing(
-            directory
-        )
-    except _UNREADABLE as error:
+        model = load_whole(AutoModel, directory, source, "model.vision", config=config)
+        return model, _preprocessing(directory)
+    except UNREADABLE as error:
         raise InputError(
             f"model.vision: cannot load {source!r} ({first_line(error)}); give a directory or URI "
             "of a vision model, or a hub id on a machine that reaches the hub"
@@ -119,12 +119,15 @@ def _preprocessing(directory: str) -> dict[str, Any]:
     }
 
 
-def _fields_of(config: Any) -> dict[str, Any]:
-    """A configuration's own fields, without what every one of them has."""
-    fields: dict[str, Any] = config.to_diff_dict()
-    for name in ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"):
-        fields.pop(name, None)
-    return fields | {"model_type": config.model_type}
+_NO_FIELDS = {
+    *("architectures", "dtype", "transformers_version", "_name_or_path", "id2label", "label2id"),
+}
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """A configuration's fields, all of them, so that a later default changes nothing; without what
+    is of a file or a classifier."""
+    return {name: value for name, value in config.to_dict().items() if name not in _NO_FIELDS}
 
 
 def load_text(source: str) -> BertModel:
@@ -137,13 +140,13 @@ def load_text(source: str) -> BertModel:
                     f"model.text: {source!r} is a {kind!r} model; a BERT is needed, whose layers "
                     "the Q-Former's are"
                 )
-            found: BertModel = _whole(BertModel, directory, source, "model.text")
+            found: BertModel = load_whole(BertModel, directory, source, "model.text")
             if getattr(found.config, "position_embedding_type", "absolute") != "absolute":
                 raise InputError(
                     f"model.text: {source!r} has positions of another kind than the Q-Former; take "
                     "a BERT with absolute ones"
                 )
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"model.text: cannot load {source!r} ({first_line(error)}); give a directory or "
                 "URI of a BERT, or a hub id on a machine that reaches the hub"

@@ -25,11 +25,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from qure_core import storage
+from qure_core.base.config import QueryEncoder
 from qure_core.base.errors import InputError
 from qure_core.model.base import ComposedModel, check_finite
 from qure_core.model.checkpoint_files import OPTIMIZER_FILE
 from qure_core.model.clip import from_clip
-from qure_core.model.configuration import QueryEncoder, QuReConfig
+from qure_core.model.configuration import QuReConfig
 from qure_core.model.lavis import load_converted, with_decoder_word
 from qure_core.model.modeling import QuReModel
 from qure_core.model.parts import first_line
@@ -170,15 +171,12 @@ def with_query_encoder(
             changed = model_class(config)(config)
     except ValueError as error:
         raise InputError(f"model.query_encoder: {error}") from None
-    sizes = {name: value.shape for name, value in changed.state_dict().items()}
-    other = [n for n, v in model.state_dict().items() if n in sizes and v.shape != sizes[n]]
-    if other:
+    theirs, own = model.state_dict(), changed.state_dict()
+    if other := [n for n, v in theirs.items() if n in own and v.shape != own[n].shape]:
         raise InputError(
             f"model.encoder_options: {source!r} has a {other[0]} of another size; leave out what "
             "sizes it"
         )
-    theirs = model.state_dict()
-    own = changed.state_dict()
     if left := sorted(name for name in theirs if name not in own):
         print(f"[weights] {source}: not taken for {query_encoder}: {', '.join(left[:5])}")
     changed.load_state_dict({name: theirs.get(name, value) for name, value in own.items()})

@@ -155,10 +155,9 @@ def summarise_lines(grid: Compared, results: Sequence[LineResult]) -> dict[str, 
     return {"metric": grid.metric, "baseline": baseline, "seeds": grid.seeds, "lines": rows}
 
 
-def _number(value: float | None, spread: float | None = None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+def _number(figure: Mapping[str, float | None]) -> str:
+    spread = figure["spread"]
+    return f"{figure['mean']:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
 
 
 def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -172,7 +171,7 @@ def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for line in summary["lines"]:
         difference, reached = line["difference"], line["samples_to_reach"]
-        cells = [_number(**_mean(line["figures"][name])) for name in names]
+        cells = [_number(line["figures"][name]) for name in names]
         interval = ""
         if difference["low"] is not None and difference["verdict"] != "baseline":
             interval = f" [{difference['low']:+.2f}, {difference['high']:+.2f}]"
@@ -211,10 +210,6 @@ def mined_table(summary: dict[str, Any]) -> list[list[str]]:
                 ]
             )
     return rows
-
-
-def _mean(figure: dict[str, Any]) -> dict[str, Any]:
-    return {"value": figure["mean"], "spread": figure["spread"]}
 
 
 def _reached(samples: Sequence[int | None]) -> str:

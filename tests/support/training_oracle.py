@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from qure_core import storage
+from qure_core.base.config import QueryEncoder
 from qure_core.data import read_split
 from qure_core.data.loader import ImageLoader
 from qure_core.data.schema import Split, Triplet
 from qure_core.model import ComposedModel, QuReProcessor, build_model, encode_frozen, load_model
-from qure_core.model.configuration import QueryEncoder
 from qure_core.training.batches import epoch_order
 from qure_core.training.negatives import random_negatives
 

@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from training_oracle import Recipe, check_weights, parts, plain_epoch
 
 from qure_core import storage
+from qure_core.base.config import QueryEncoder
 from qure_core.data.loader import ImageLoader
 from qure_core.data.schema import Triplet
 from qure_core.embeddings.encoder import Encoder
-from qure_core.model.configuration import QueryEncoder
 from qure_core.objectives import make_objective
 from qure_core.training.batches import (
     CaptionBatches,
