@@ -29,14 +29,12 @@ def work(arguments: tuple[Settings, argparse.Namespace]) -> None:
     from qure_core.job.grid import plan_lines, read_grid
     from qure_core.job.place import check_apart
     from qure_core.report.comparison import told
-    from qure_core.runtime.resources import connect
 
     settings, chosen = arguments
     output = storage.resolve(chosen.output).rstrip("/")
     check_apart(output, settings.data.root)
     grid = read_grid(chosen.grid)
     lines = plan_lines(grid, settings, output)
-    connect()
     summary = compare(grid, lines, output, settings.data.format)
     print(f"\n{told(summary)}")
     print(f"results: {output}/results.json\nreport:  {summary['report']}", flush=True)

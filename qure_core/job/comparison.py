@@ -36,7 +36,7 @@ from qure_core.mining.mined_set import read_mined_set
 from qure_core.report.build import false_negative_share
 from qure_core.report.comparison import LineResult, Point, RoundFacts, write_comparison
 from qure_core.runtime.progress import Progress
-from qure_core.runtime.resources import plan_resources
+from qure_core.runtime.resources import connect, plan_resources
 from qure_core.storage.lease import hold
 
 _SAY_SECONDS = 60.0
@@ -52,6 +52,7 @@ def compare(grid: Grid, lines: Sequence[Line], output: str, protocol: str) -> di
     """
     _check_measured(grid, lines)
     claim(output, MARK, COMPARISON_KIND, NAMES, "output")
+    connect()
     with hold(output, "comparing"):
         mark = {"kind": COMPARISON_KIND, "grid": grid.model_dump(mode="json")}
         storage.write_json(storage.join(output, MARK), mark)
