@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from qure_core import storage
 from qure_core.storage.arrow import read_arrow
@@ -45,12 +47,17 @@ class EmbeddingShards:
         start = max(bisect_right(self.first_ids, first_id) - 1, 0)
         return range(start, bisect_right(self.first_ids, last_id))
 
-    def _read(self, name: str) -> tuple[list[str], np.ndarray]:
+    def _table(self, name: str) -> tuple[pa.Table, np.ndarray]:
+        """A file's table, and its embeddings' values in one row."""
         table = read_arrow(storage.join(self.uri, name))
         column = table["embedding"]
         values = (
             column.chunk(0).flatten().to_numpy() if column.num_chunks else np.empty(0, np.float32)
         )
+        return table, values
+
+    def _read(self, name: str) -> tuple[list[str], np.ndarray]:
+        table, values = self._table(name)
         return table["id"].to_pylist(), values
 
     def read_ahead(self, shard: int) -> None:
@@ -73,6 +80,25 @@ class EmbeddingShards:
         ids, values = self._read(shard_files(shard)[1])
         return ids, values.reshape(len(ids), self.width)
 
+    def rows(self, image_ids: Sequence[str]) -> np.ndarray:
+        """Embeddings [n, T, D] of images by id, as they are stored. Of a local disk no more is read
+        than these, of any other the shards that they are in: ask for many at once."""
+        shard_of = np.asarray([bisect_right(self.first_ids, name) - 1 for name in image_ids])
+        rows: np.ndarray | None = None
+        for shard in np.unique(shard_of).tolist():
+            table, values = self._table(shard_files(shard)[0])
+            ids = table["id"].combine_chunks()
+            values = values.reshape(len(ids), self.tokens, self.width)
+            chosen = np.flatnonzero(shard_of == shard)
+            names = [image_ids[place] for place in chosen.tolist()]
+            places = [_place(ids, name) for name in names]
+            assert ids.take(places).to_pylist() == names, "images without an embedding"
+            if rows is None:
+                rows = np.empty((len(image_ids), self.tokens, self.width), values.dtype)
+            rows[chosen] = values[places]
+        assert rows is not None, "no images"
+        return rows
+
     def some_images(self, image_ids: set[str]) -> dict[str, np.ndarray]:
         """Embeddings [T, D] of the named images, by id."""
         found: dict[str, np.ndarray] = {}
@@ -85,3 +111,8 @@ class EmbeddingShards:
             }
         assert len(found) == len(image_ids), f"{len(image_ids) - len(found)} have no embedding"
         return found
+
+
+def _place(ids: pa.Array, name: str) -> int:
+    """Where ``name`` is in sorted ids, of which a list would take longer to make."""
+    return bisect_left(range(len(ids)), name, key=lambda place: str(ids[place]))

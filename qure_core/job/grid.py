@@ -7,6 +7,9 @@ lines:
   QuRe: {}
   contrastive: {objective.name: info_nce, train.negatives: random}
 baseline: QuRe                       # what paired differences are taken from
+
+``extends: field.yaml`` takes what a grid does not say from another one beside it; its ``start`` and
+``settings`` come over the other's, setting by setting.
 """
 
 from __future__ import annotations
@@ -83,19 +86,13 @@ class Line:
 
 def read_grid(path: str) -> Grid:
     """The grid in a YAML file, a path or URI; `InputError` that names what is wrong with it."""
+    value = _read_whole(path, ())
     try:
-        value = yaml.safe_load(storage.read_bytes(storage.resolve(path)))
-        grid = Grid(**value) if isinstance(value, dict) else None
-    except FileNotFoundError:
-        raise InputError(f"--grid: {path} is not there") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"--grid: {path} is no YAML: {' '.join(str(error).split())}") from None
+        grid = Grid(**value)
     except (ValidationError, TypeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         place = ".".join(map(str, first["loc"])) if first else ""
         raise InputError(f"--grid: {path}: {place}: {first['msg'] if first else error}") from None
-    if grid is None:
-        raise InputError(f"--grid: {path} has no lines; see configs/grids for examples")
     if grid.baseline is not None and grid.baseline not in grid.lines:
         raise InputError(
             f"--grid: {path}: baseline: {grid.baseline!r} is none of the lines "
@@ -104,6 +101,32 @@ def read_grid(path: str) -> Grid:
     if len(set(grid.seeds)) < len(grid.seeds):
         raise InputError(f"--grid: {path}: seeds: one of {grid.seeds} is there twice")
     return grid
+
+
+def _read_whole(path: str, through: tuple[str, ...]) -> dict[str, Any]:
+    """A grid's file with what it extends; ``through`` are those that led to it."""
+    uri = storage.resolve(path)
+    if uri in through:
+        raise InputError(f"--grid: {through[-1]}: extends: {path} extends it in turn")
+    try:
+        value = yaml.safe_load(storage.read_bytes(uri))
+    except FileNotFoundError:
+        of = f" (extended by {through[-1]})" if through else ""
+        raise InputError(f"--grid: {path} is not there{of}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"--grid: {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"--grid: {path} has no lines; see configs/grids for examples")
+    if "extends" not in value:
+        return value
+    other = value.pop("extends")
+    if not isinstance(other, str):
+        raise InputError(f"--grid: {path}: extends: {other!r} is no name of a file beside it")
+    base = _read_whole(storage.join(uri.rpartition("/")[0], other), (*through, uri))
+    for name in ("start", "settings"):
+        if isinstance(value.get(name), dict) and isinstance(base.get(name), dict):
+            value[name] = base[name] | value[name]
+    return base | value
 
 
 def plan_lines(grid: Grid, config: Settings, output: str) -> list[Line]:

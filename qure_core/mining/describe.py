@@ -81,6 +81,8 @@ def describe_query(uri: str, query_id: str, top: int) -> str:
         f"rank {row['target_rank']:,}",
     ]
     lines += [f"  {line}" for line in rule.describe(row["details"])]
+    if left_alone := row["left_alone_ids"]:
+        lines.append(f"  may fit, left alone: {', '.join(left_alone[:top])}")
     if row["known_positives"]:
         lines.append(f"  {row['known_positives']:,} other known answers, left out")
     listed = len(row["negative_ids"])

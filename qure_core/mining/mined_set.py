@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qure_core import storage
+from qure_core.mining.rules.rule import THRESHOLD
 from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.storage.parquet import read_committed_parquet
 
-SCHEMA_VERSION = 5
-"""5: ``negative_weights``, ``vetoed`` and the settings of a veto.
+SCHEMA_VERSION = 6
+"""6: ``left_alone_ids``. 5: ``negative_weights``, ``vetoed`` and the settings of a veto.
 4: ``known_positives``. 3: the rule's facts are a struct, ``details``; until 2 those of steep
 drops were columns."""
 
@@ -28,6 +29,8 @@ _OLD_DETAILS = ("upper_drop", "lower_drop", "steepness")
 
 def _arrow_type(kind: Any) -> pa.DataType:
     """The Arrow type of a rule's declaration of a detail (`Rule.details`)."""
+    if isinstance(kind, list):
+        return pa.list_(_arrow_type(kind[0]))
     if isinstance(kind, Mapping):
         return pa.struct([(name, _arrow_type(inner)) for name, inner in kind.items()])
     return pa.type_for_alias(kind)
@@ -47,6 +50,8 @@ def mined_schema(details: Mapping[str, Any]) -> pa.Schema:
             ("negative_ids", pa.large_list(pa.dictionary(pa.int32(), pa.string()))),
             ("negative_scores", pa.large_list(pa.float32())),
             ("negative_weights", pa.large_list(pa.float32())),  # None: all are equally likely
+            # Candidates that may fit, by a rule that looks for such, the likeliest first.
+            ("left_alone_ids", pa.large_list(pa.dictionary(pa.int32(), pa.string()))),
             ("vetoed", pa.int64()),  # images that a second model kept out; None without one
             ("status", pa.string()),
             ("details", _arrow_type(details)),
@@ -67,14 +72,15 @@ class MinedSet:
     def negatives(self) -> dict[str, np.ndarray]:
         """Hard negatives of every query: {query id: array of image ids}, best first."""
         ids = self.table["query_id"].to_pylist()
-        column = self.table["negative_ids"].combine_chunks()
-        offsets = column.offsets.to_numpy()
-        # One string per image, not per negative.
-        names = np.asarray(column.values.dictionary.to_pylist(), dtype=object)
-        values = names[column.values.indices.to_numpy()]
-        return {
-            query_id: values[offsets[row] : offsets[row + 1]] for row, query_id in enumerate(ids)
-        }
+        return dict(zip(ids, _lists(self.table["negative_ids"]), strict=True))
+
+    def left_alone(self) -> dict[str, np.ndarray]:
+        """Of a rule that looks for images that may fit, those that it found among each query's
+        candidates: {query id: array of image ids}, the likeliest first; else empty."""
+        column = self.table["left_alone_ids"]
+        if column.null_count == len(column):
+            return {}
+        return dict(zip(self.table["query_id"].to_pylist(), _lists(column), strict=True))
 
     def weights(self) -> dict[str, np.ndarray]:
         """Weights of the negatives of those queries whose negatives are not equally likely."""
@@ -88,12 +94,37 @@ class MinedSet:
             if own is not None
         }
 
+    def thresholds(self) -> dict[str, float]:
+        """Of a rule that has such (`THRESHOLD`), the queries' likeness to the target from which an
+        image may fit: {query id: likeness}, without those that have none."""
+        kind = self.table.schema.field("details").type
+        if kind.get_field_index(THRESHOLD) < 0:
+            return {}
+        ids = self.table["query_id"].to_pylist()
+        values = pc.struct_field(self.table["details"], THRESHOLD).to_pylist()
+        return {
+            query_id: value
+            for query_id, value in zip(ids, values, strict=True)
+            if value is not None
+        }
+
     def rows(self, query_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The named queries' rows, without their negatives: {query id: row}."""
-        names = [name for name in self.table.column_names if not name.startswith("negative_")]
+        """The named queries' rows, without their lists of images: {query id: row}."""
+        lists = ("negative_", "left_alone_")
+        names = [name for name in self.table.column_names if not name.startswith(lists)]
         wanted = pc.is_in(self.table["query_id"], pa.array(query_ids, pa.string()))
         rows = self.table.select(names).filter(wanted).to_pylist()
         return {row["query_id"]: row for row in rows}
+
+
+def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """A column of lists of image ids as arrays."""
+    lists = column.combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    # One string per image, not per place.
+    names = np.asarray(lists.values.dictionary.to_pylist(), dtype=object)
+    values = names[lists.values.indices.to_numpy()]
+    return [values[offsets[row] : offsets[row + 1]] for row in range(len(lists))]
 
 
 def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +172,10 @@ def read_mined_set(uri: str, columns: list[str] | None = None) -> MinedSet:
 
 def _today(table: pa.Table, version: int) -> pa.Table:
     """A part's table as today's are, whichever version wrote it."""
-    if version < 5 and "negative_scores" in table.column_names:
-        for name in ("negative_weights", "vetoed"):
+    if "negative_scores" in table.column_names:
+        later = ["left_alone_ids"] if version < 6 else []
+        later += ["negative_weights", "vetoed"] if version < 5 else []
+        for name in later:
             field = mined_schema({"none": "string"}).field(name)
             table = table.append_column(field, pa.nulls(len(table), field.type))
     if "num_negatives" in table.column_names and "known_positives" not in table.column_names:

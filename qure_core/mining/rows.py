@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from qure_core.data.schema import Triplet
 from qure_core.mining.engines.keys import key_columns, key_scores
-from qure_core.mining.engines.ranked import Ranked
+from qure_core.mining.engines.ranked import Ranked, RankedEnds
 from qure_core.mining.rules import Selection
 from qure_core.mining.sampling import lowest, priorities
 
@@ -27,8 +27,9 @@ class MinedRow:
 
     status, details: what the rule says of it. size: images in the set. negative_keys: sorted keys
     of those that are listed, all or a sample; negative_weights: of a rule that is a distribution,
-    theirs. vetoed: images that a second model kept out. curve: (ranks, scores) of a few points of
-    the ranking, always those around the target and the rule's marks.
+    theirs. left_alone_keys: those of images that may fit, where the rule looks for such, the
+    likeliest first. vetoed: images that a second model kept out. curve: (ranks, scores) of a few
+    points of the ranking, always those around the target and the rule's marks.
     """
 
     target_score: float
@@ -39,7 +40,12 @@ class MinedRow:
     negative_keys: np.ndarray
     curve: tuple[np.ndarray, np.ndarray]
     negative_weights: np.ndarray | None = None
+    left_alone_keys: np.ndarray | None = None
     vetoed: int | None = None
+
+
+Curve = Callable[[int, Sequence[int]], tuple[np.ndarray, np.ndarray]]
+"""Gives a query's kept points, (ranks, scores), always those around the marks."""
 
 
 @lru_cache(maxsize=64)
@@ -76,25 +82,33 @@ def sample_keys(
     return sample
 
 
+def whole_curve(ranked: Ranked) -> Curve:
+    """Of rankings that are sorted in whole, the points that are kept."""
+
+    def curve(query: int, marks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        ranks = curve_ranks(int(ranked.length_Q[query]), marks)
+        return ranks, key_scores(ranked.keys(query, torch.from_numpy(ranks))).numpy()
+
+    return curve
+
+
 def rows_of(
-    ranked: Ranked,
+    ranked: Ranked | RankedEnds,
     selection: Selection,
     statuses: Sequence[str],
     query_words: torch.Tensor,
     image_words: torch.Tensor | None,
     max_negatives: int | None,
+    curve: Curve,
 ) -> list[MinedRow]:
-    """The rows of queries whose rankings are sorted in whole, by what a rule selected."""
-    keys_QM = ranked.keys_QM.cpu()
+    """The rows of queries by what a rule selected; ``curve`` gives their kept points."""
     rows = []
-    numbers = [
-        values.tolist() for values in (ranked.target_rank_Q, ranked.length_Q, selection.status_Q)
-    ]
-    for q, (target, length, status) in enumerate(zip(*numbers, strict=True)):
-        ranks = curve_ranks(length, [target, *selection.marks[q]])
-        places = torch.from_numpy(np.append(ranks, target))
-        scores = key_scores(keys_QM[q, places]).numpy()
-        keys = keys_QM[q, selection.ranks(q)].numpy()
+    numbers = [values.tolist() for values in (ranked.target_rank_Q, selection.status_Q)]
+    for q, (target, status) in enumerate(zip(*numbers, strict=True)):
+        keys = ranked.keys(q, selection.ranks(q)).numpy()
+        left_alone = None
+        if selection.left_alone is not None:
+            left_alone = ranked.keys(q, torch.from_numpy(selection.left_alone[q])).numpy()
         weights = selection.weights[q] if selection.weights else None
         if weights is None:
             kept = sample_places(keys, query_words[q], image_words, max_negatives)
@@ -103,32 +117,45 @@ def rows_of(
             weights = weights[kept]
         rows.append(
             MinedRow(
-                target_score=float(scores[-1]),
+                target_score=float(key_scores(ranked.keys(q, slice(target, target + 1)))),
                 target_rank=target,
                 status=statuses[status],
                 details=selection.details[q],
                 size=len(keys),
                 negative_keys=keys[kept].copy(),
-                curve=(ranks, scores[:-1]),
+                curve=curve(q, [target, *selection.marks[q]]),
                 negative_weights=weights,
+                left_alone_keys=left_alone,
                 vetoed=None if ranked.vetoed_Q is None else int(ranked.vetoed_Q[q]),
             )
         )
     return rows
 
 
-def to_table(
-    triplets: Sequence[Triplet], corpus: Sequence[str], rows: Sequence[MinedRow], schema: pa.Schema
-) -> pa.Table:
-    """The rows in the ``schema`` of a mined set; ``corpus`` names the keys' columns."""
-    keys = torch.from_numpy(np.concatenate([row.negative_keys for row in rows]))
+def _named(
+    keys_of: Sequence[np.ndarray | None], corpus: Sequence[str]
+) -> tuple[torch.Tensor, pa.LargeListArray]:
+    """All keys, and lists of the images that they are of, None where there are no keys."""
+    none = np.empty(0, np.int64)
+    given = [none if keys is None else keys for keys in keys_of]
+    keys = torch.from_numpy(np.concatenate(given))
     used, codes = np.unique(key_columns(keys).numpy(), return_inverse=True)
     names = pa.DictionaryArray.from_arrays(
         pa.array(codes, pa.int32()), pa.array([corpus[column] for column in used], pa.string())
     )
+    offsets = pa.array(np.cumsum([0, *map(len, given)]), pa.int64())
+    missing = pa.array([own is None for own in keys_of])
+    return keys, pa.LargeListArray.from_arrays(offsets, names, mask=missing)
+
+
+def to_table(
+    triplets: Sequence[Triplet], corpus: Sequence[str], rows: Sequence[MinedRow], schema: pa.Schema
+) -> pa.Table:
+    """The rows in the ``schema`` of a mined set; ``corpus`` names the keys' columns."""
+    keys, negative_ids = _named([row.negative_keys for row in rows], corpus)
+    offsets = negative_ids.offsets
     named = {name for triplet in triplets for name in triplet.positive_ids}
     positives = named.intersection(corpus) if named else named
-    offsets = pa.array(np.cumsum([0, *(len(row.negative_keys) for row in rows)]), pa.int64())
     curve_offsets = pa.array(np.cumsum([0, *(len(row.curve[0]) for row in rows)]), pa.int32())
     curve_values = [np.concatenate([row.curve[part] for row in rows]) for part in (0, 1)]
     columns = {
@@ -138,13 +165,14 @@ def to_table(
         "target_score": pa.array([row.target_score for row in rows], pa.float32()),
         "target_rank": [row.target_rank for row in rows],
         "num_negatives": [row.size for row in rows],
-        "negative_ids": pa.LargeListArray.from_arrays(offsets, names),
+        "negative_ids": negative_ids,
         "negative_scores": pa.LargeListArray.from_arrays(
             offsets, pa.array(key_scores(keys).numpy(), pa.float32())
         ),
         "negative_weights": pa.array(
             [row.negative_weights for row in rows], pa.large_list(pa.float32())
         ),
+        "left_alone_ids": _named([row.left_alone_keys for row in rows], corpus)[1],
         "vetoed": [row.vetoed for row in rows],
         "known_positives": [len(positives.intersection(t.positive_ids)) for t in triplets],
         "status": [row.status for row in rows],

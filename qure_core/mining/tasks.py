@@ -10,7 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -29,10 +29,11 @@ from qure_core.mining.engines.sketch import (
     tensors_to_bytes,
 )
 from qure_core.mining.engines.sort import rank_queries
-from qure_core.mining.engines.streaming import settle_all, summarise_chunks
+from qure_core.mining.engines.streaming import settle_all, settle_ends, summarise_chunks
 from qure_core.mining.mined_set import mined_schema
-from qure_core.mining.rows import MinedRow, rows_of, to_table
+from qure_core.mining.rows import MinedRow, rows_of, to_table, whole_curve
 from qure_core.mining.rules import IMAGE_TOKENS, Rule
+from qure_core.mining.rules.rule import EndsRule
 from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.mining.sampling import image_words, query_words, threshold_for
 from qure_core.model.relevance import refuse_bad_scores
@@ -115,6 +116,7 @@ def _sorted_rows(block: QueryBlock, task: RoundTask, dtype: torch.dtype) -> Iter
     held = task.memory_bytes // 2 // (SORT_BYTES * len(block.corpus))
     step = min(max(1, held), QUERY_TILE)
     tokens = _image_tokens(embeddings, block) if IMAGE_TOKENS in task.rule.needs else None
+    at_once = _images_at_once(embeddings, task)
     vetoed_QM = None
     if task.veto_uri:
         theirs_QM = score_block(EmbeddingShards.open(task.veto_uri), block, dtype)
@@ -124,28 +126,26 @@ def _sorted_rows(block: QueryBlock, task: RoundTask, dtype: torch.dtype) -> Iter
         part = slice(first, first + step)
         theirs = None if vetoed_QM is None else vetoed_QM[part]
         ranked = rank_queries(scores_QM[part], target_Q[part], left_out_QE[part], tokens, theirs)
+        ranked = replace(ranked, images_at_once=at_once)
         selection = task.rule.select(ranked)
-        statuses, words = task.rule.statuses, query_word_Q[part]
-        yield from rows_of(ranked, selection, statuses, words, image_word_M, task.max_negatives)
+        statuses, words, most = task.rule.statuses, query_word_Q[part], task.max_negatives
+        curve = whole_curve(ranked)
+        yield from rows_of(ranked, selection, statuses, words, image_word_M, most, curve)
 
 
 def _image_tokens(embeddings: EmbeddingShards, block: QueryBlock) -> Callable[[Tensor], Tensor]:
     """Gives the embeddings [n, T, D] of corpus columns [n]."""
-    shards = embeddings.shards_between(block.corpus[0], block.corpus[-1])
-    # Mapped into memory, not read: only the rows asked for are.
-    values = {number: embeddings.images(number) for number in shards}
-    place = {
-        image_id: (number, row)
-        for number, (ids, _) in values.items()
-        for row, image_id in enumerate(ids)
-    }
 
     def tokens(columns: Tensor) -> Tensor:
-        places = [place[block.corpus[column]] for column in columns.tolist()]
-        rows = [values[number][1][row] for number, row in places]
-        return torch.from_numpy(np.stack(rows).astype(np.float32))
+        names = [block.corpus[column] for column in columns.tolist()]
+        return torch.from_numpy(embeddings.rows(names).astype(np.float32))
 
     return tokens
+
+
+def _images_at_once(embeddings: EmbeddingShards, task: RoundTask) -> int:
+    """So many embeddings, in float32 and as they are stored, take a quarter of a task's memory."""
+    return max(1, task.memory_bytes // 4 // (8 * embeddings.tokens * embeddings.width))
 
 
 def _write_part(
@@ -293,6 +293,7 @@ def _read_anchors(
         known["low"],
         query_word_Q,
         threshold,
+        0 if isinstance(task.rule, DropRule) else ENDS,
     )
     return anchors, image_word_M
 
@@ -355,6 +356,15 @@ def mine_by_streaming(
         summary = merged(_read_summaries(task, names))
         anchors, image_word_M = _read_anchors(block, task)
         embeddings = EmbeddingShards.open(task.embeddings_uri)
+        if not isinstance(task.rule, DropRule):
+            rule = cast(EndsRule, task.rule)  # what else streams
+            tokens, at_once = _image_tokens(embeddings, block), _images_at_once(embeddings, task)
+            for row in settle_ends(
+                summary, anchors, rule, task.max_negatives, image_word_M, tokens, at_once
+            ):
+                looked.append(False)
+                yield row
+            return
         query_QD = query_embeddings(embeddings, [t.query_id for t in block.triplets])
 
         def chunks(rows: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -367,7 +377,6 @@ def mine_by_streaming(
             used = np.cumsum([24 * keys + 24 * CHUNK_COLUMNS for keys in asked])
             return max(1, int((used <= task.memory_bytes // 2).sum()))
 
-        assert isinstance(task.rule, DropRule), "`choose_engine` streams no other rule"
         for row, again in settle_all(
             summary, anchors, task.rule, task.max_negatives, chunks, image_word_M, rows_at_once
         ):

@@ -20,9 +20,11 @@ class Options(BaseModel, extra="forbid", allow_inf_nan=False):
 class InBatchOptions(Options):
     """Besides, candidates: which answers of the batch stand as a triplet's negatives, of those that
     may (`Outputs.candidate_BA`): "targets" (of all triplets), "own" (those, and the triplet's own
-    negatives), "all" (those, and other triplets' negatives)."""
+    negatives), "all" (those, and other triplets' negatives). mask_likely: leave out those that the
+    mined set's thresholds say may fit (`Outputs.likely_BA`)."""
 
     candidates: Literal["targets", "own", "all"] = "all"
+    mask_likely: bool = True
 
 
 def divided(scores: Tensor, outputs: Outputs, options: Options) -> Tensor:
@@ -41,6 +43,8 @@ def negatives_in_batch(outputs: Outputs, options: InBatchOptions) -> Tensor:
     """Which answers are each triplet's negatives, [B, A]; never its target."""
     assert outputs.candidate_BA is not None, "an in-batch objective"
     negative_BA = outputs.candidate_BA.scatter(1, outputs.target_B[:, None], False)
+    if options.mask_likely and outputs.likely_BA is not None:
+        negative_BA = negative_BA & ~outputs.likely_BA
     if options.candidates == "all":
         return negative_BA
     chosen_BA = torch.zeros_like(negative_BA)

@@ -24,6 +24,8 @@ class Outputs:
     candidate_BA: for an in-batch objective, which answers may stand as a query's negatives: its
         own, and others of its category that are neither its reference nor the target of a triplet
         with the same query.
+    likely_BA: of those, which the mined set's threshold says may fit the query, being as like its
+        target as the images that the rule left alone; None without thresholds.
     """
 
     query_BD: Tensor
@@ -34,6 +36,7 @@ class Outputs:
     valid_B: Tensor
     temperature: Tensor
     candidate_BA: Tensor | None = None
+    likely_BA: Tensor | None = None
 
     def target_scores(self) -> Tensor:
         """Scores of the targets, [B, 1]."""

@@ -142,6 +142,7 @@ def _round_row(manifest: dict[str, Any], mined: MinedSet, train: Split) -> list[
     statistics, seconds = manifest["statistics"], manifest["seconds"]
     fallbacks = list(statistics["statuses"].items())[1:]
     relevant = false_negative_share(mined, train)
+    found = left_alone_relevance(mined, train)
     return [
         str(manifest["epoch"]),
         f"{manifest['queries']:,}",
@@ -151,6 +152,7 @@ def _round_row(manifest: dict[str, Any], mined: MinedSet, train: Split) -> list[
         f"{statistics['set_size']['median']:,.0f}",
         f"{statistics['margin_to_target']['median']:.4f}",
         "unknown" if relevant is None else f"{relevant:.2%}",
+        "" if found is None else f"{found:.1%}",
         f"{seconds['embed'] + seconds['score to write, wall']:.1f}",
     ]
 
@@ -169,6 +171,21 @@ def false_negative_share(mined: MinedSet, train: Split) -> float | None:
         if t.relevant_ids
     ]
     return float(np.mean(shares)) if shares else None
+
+
+def left_alone_relevance(mined: MinedSet, train: Split) -> float | None:
+    """Of all images that a rule left alone, because they may fit, the share that are relevant; None
+    where it looks for none, or relevance is unknown."""
+    left_alone = mined.left_alone()
+    known = [
+        (left_alone[t.query_id], t.relevant_ids)
+        for t in train.triplets
+        if t.relevant_ids and t.query_id in left_alone
+    ]
+    images = sum(len(own) for own, _ in known)
+    if not images:
+        return None
+    return sum(int(np.isin(own, relevant).sum()) for own, relevant in known) / images
 
 
 def _shower(split: Split, data: DataSettings) -> Callable[[str, Triplet], dict[str, str]]:
@@ -190,7 +207,7 @@ def _mined_examples(
 ) -> list[dict[str, Any]]:
     shown = example_queries(train, settings.report.examples, settings.run.seed)
     rows = mined.rows([query.query_id for query in shown])
-    negatives = mined.negatives()
+    negatives, left_alone = mined.negatives(), mined.left_alone()
     examples = []
     for query in shown:
         chosen = negatives[query.query_id]
@@ -204,6 +221,9 @@ def _mined_examples(
                 "target": show(str(query.target_id), query),
                 "count": f"{len(chosen):,}",
                 "negatives": [show(image_id, query) for image_id in chosen[:TOP]],
+                "left_alone": [
+                    show(image_id, query) for image_id in left_alone.get(query.query_id, ())[:TOP]
+                ],
             }
         )
     return examples

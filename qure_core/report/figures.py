@@ -127,11 +127,27 @@ def share_against_margin(points: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def draw_score_curve(row: dict[str, Any]) -> Figure:
-    """One query's sorted scores: the target, both drops, and the hard negatives shaded.
+    """One query's sorted scores: the target, both drops, and the hard negatives shaded; of a rule
+    that looks at likeness to the target, its candidates' sorted likeness beside them.
 
     ``row`` is the query's row of the mined set, with the kept points of its curve.
     """
-    figure, axes = _axes(5.2, 3.0)
+    likeness = row["details"].get("likeness")
+    if not likeness:
+        figure, axes = _axes(5.2, 3.0)
+        _draw_scores(axes, row)
+        _draw_negatives(axes, row)
+    else:
+        figure, both = plt.subplots(1, 2, figsize=(9.4, 3.0))
+        _draw_scores(both[0], row)
+        _draw_likeness(both[1], row, likeness)
+        for axes in both:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+    return figure
+
+
+def _draw_scores(axes: Axes, row: dict[str, Any]) -> None:
     axes.plot(row["curve_ranks"], row["curve_scores"], color="black", linewidth=1)
     target = row["target_rank"]
     axes.plot(
@@ -143,6 +159,13 @@ def draw_score_curve(row: dict[str, Any]) -> Figure:
         linestyle="none",
         label=f"target, rank {target}",
     )
+    axes.set_xlabel("rank")
+    axes.set_ylabel("relevance score")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _draw_negatives(axes: Axes, row: dict[str, Any]) -> None:
+    target = row["target_rank"]
     # Of the steep-drop rule; other rules have other details.
     upper, lower = (row["details"].get(f"{name}_drop") for name in ("upper", "lower"))
     if upper and lower:
@@ -165,10 +188,33 @@ def draw_score_curve(row: dict[str, Any]) -> Figure:
         alpha=0.2,
         label=f"{row['num_negatives']} hard negatives ({row['status']})",
     )
-    axes.set_xlabel("rank")
-    axes.set_ylabel("relevance score")
     axes.legend(frameon=False, fontsize=7)
-    return figure
+
+
+def _draw_likeness(axes: Axes, row: dict[str, Any], likeness: Sequence[float]) -> None:
+    left = row["details"]["left_alone"]
+    axes.plot(range(len(likeness)), likeness, color="black", linewidth=1, marker=".", markersize=3)
+    if 0 < left < len(likeness):
+        axes.plot(
+            [left - 1, left],
+            likeness[left - 1 : left + 1],
+            color="tab:red",
+            linewidth=2.5,
+            label=f"drop of {likeness[left - 1] - likeness[left]:.4f}",
+        )
+        axes.axvspan(
+            -0.5, left - 0.5, color="tab:green", alpha=0.15, label=f"{left} may fit, left alone"
+        )
+    axes.axvspan(
+        left - 0.5,
+        len(likeness) - 0.5,
+        color="tab:orange",
+        alpha=0.2,
+        label=f"{row['num_negatives']} hard negatives of these ({row['status']})",
+    )
+    axes.set_xlabel("candidates, the most alike first")
+    axes.set_ylabel("likeness to the target")
+    axes.legend(frameon=False, fontsize=7)
 
 
 def score_curve(row: dict[str, Any]) -> str:

@@ -88,6 +88,7 @@ def exchange(
 
 Negatives = Callable[[Triplet], tuple[str, ...]]
 Texts = Callable[[Triplet], str]
+Thresholds = Callable[[Triplet], float]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class TripletBatches:
     """Builds batches of triplets with ``negative_of`` each; every distinct image is loaded once.
 
     in_batch: give the whole batch's answers to every worker, as an in-batch objective needs.
-    text_of: a triplet's text, where it is not always the same.
+    text_of: a triplet's text, where it is not always the same. threshold_of: the likeness to its
+    target from which an image may fit its query, infinite where that is not known.
     """
 
     triplets: Sequence[Triplet]
@@ -104,6 +106,7 @@ class TripletBatches:
     processor: QuReProcessor
     in_batch: bool = False
     text_of: Texts = attrgetter("text")
+    threshold_of: Thresholds | None = None
 
     def __len__(self) -> int:
         return len(self.triplets)
@@ -128,8 +131,7 @@ class TripletBatches:
         if not self.in_batch:
             labels = _labels(own, negatives, answers, weight > 0)
         elif share.workers == 1:
-            labels = _labels(own, negatives, answers)
-            labels |= {"candidate_BA": self._candidates(own, negatives, answers)}
+            labels = self._labels_in_batch(own, negatives, answers)
         else:
             labels = self._whole(chosen, share, len(own), answers)
         names = tuple(triplet.query_id for triplet in own)
@@ -143,6 +145,18 @@ class TripletBatches:
         for triplet in self.triplets:
             targets.setdefault(query_of(triplet), set()).add(str(triplet.target_id))
         return targets
+
+    def _labels_in_batch(
+        self,
+        triplets: Sequence[Triplet],
+        negatives: Sequence[tuple[str, ...]],
+        answers: Sequence[str],
+    ) -> dict[str, Tensor]:
+        labels = _labels(triplets, negatives, answers)
+        labels["candidate_BA"] = self._candidates(triplets, negatives, answers)
+        if self.threshold_of is not None:
+            labels["threshold_B"] = torch.tensor([self.threshold_of(t) for t in triplets])
+        return labels
 
     def _candidates(
         self,
@@ -183,8 +197,7 @@ class TripletBatches:
         counts = [len(names) for names in answers_of]
         first = int(parts[share.rank][0]) if len(parts[share.rank]) else 0
         return {
-            **_labels(triplets, negatives, answers),
-            "candidate_BA": self._candidates(triplets, negatives, answers),
+            **self._labels_in_batch(triplets, negatives, answers),
             **share.exchange("queries", len(chosen)),
             **exchange("answers", counts, len(own_answers), [place[name] for name in answers]),
             "own_B": torch.arange(first, first + own),

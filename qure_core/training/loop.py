@@ -106,9 +106,11 @@ def _make_task(
         storage.join(segment.run_dir, "data", "corpora.json")
     )
     mined: dict[str, np.ndarray] | None = None
+    thresholds: dict[str, float] = {}
     if segment.mined_uri:
         mined_set = read_mined_set(segment.mined_uri)
         mined, weights = mined_set.negatives(), mined_set.weights()
+        thresholds = mined_set.thresholds()
     objective = make_objective(settings.objective.name, settings.objective.options)
     count = train.negatives_per_triplet
 
@@ -126,7 +128,13 @@ def _make_task(
             return drawn_text(triplet, seed, epoch) if random else triplet.text
 
         build = TripletBatches(
-            split.triplets, negatives_of, load, processor, objective.in_batch, text_of
+            split.triplets,
+            negatives_of,
+            load,
+            processor,
+            objective.in_batch,
+            text_of,
+            (lambda triplet: thresholds.get(triplet.query_id, math.inf)) if thresholds else None,
         )
         order = epoch_order(len(split.triplets), seed, epoch)
         return epoch_batches(build, order, train.batch_size, share)

@@ -10,7 +10,7 @@ import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
 from qure_core.model import ComposedModel, Embedded
-from qure_core.model.relevance import relevance_scores
+from qure_core.model.relevance import relevance_scores, token_likeness
 from qure_core.objectives import Objective, Outputs
 from qure_core.objectives.contrastive import contrastive_losses
 
@@ -49,7 +49,8 @@ class TripletStep(nn.Module):
         """Losses [B] and figures [B] by name: the objective's, and of all objectives
 
         accuracy: the share of a triplet's negatives that score below its target;
-        margin: by how much they do, on average.
+        margin: by how much they do, on average;
+        likely: with thresholds of a mined set, answers of the batch that may fit.
         """
         embedded: Embedded = self._model[0](
             vision, reference_B, answer_A, input_ids, attention_mask
@@ -65,6 +66,11 @@ class TripletStep(nn.Module):
 
         query_BD = of_all("queries", embedded.query_BD)
         image_ATD = of_all("answers", embedded.image_ATD)
+        candidate_BA, likely_BA = labels.get("candidate_BA"), None
+        if candidate_BA is not None and "threshold_B" in labels:
+            with torch.no_grad():
+                likeness_BA = token_likeness(image_ATD[labels["target_B"]], image_ATD)
+            likely_BA = candidate_BA & (likeness_BA >= labels["threshold_B"][:, None])
         outputs = Outputs(
             query_BD,
             image_ATD,
@@ -73,7 +79,8 @@ class TripletStep(nn.Module):
             labels["negative_BK"],
             labels["valid_B"],
             self._model[0].temperature,
-            labels.get("candidate_BA"),
+            candidate_BA,
+            likely_BA,
         )
         losses_B, figures = self.objective(outputs)
         if embedded.second_BD is not None:
@@ -86,6 +93,8 @@ class TripletStep(nn.Module):
             "accuracy": (margin_BK > 0).float().mean(dim=1),
             "margin": margin_BK.mean(dim=1),
         }
+        if likely_BA is not None:
+            figures["likely"] = likely_BA.sum(dim=1).float()
         if whole:
             own_B = labels["own_B"]
             losses_B = losses_B[own_B]

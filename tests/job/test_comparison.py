@@ -132,6 +132,35 @@ def test_what_is_no_grid_is_refused(tmp_path: Path) -> None:
             read_grid(str(tmp_path / "grid.yaml"))
 
 
+def test_a_grid_extends_another(tmp_path: Path) -> None:
+    folder = tmp_path / "grids"
+    folder.mkdir()
+    base: dict[str, Any] = {
+        "seeds": [3],
+        "settings": {"train.epochs": 4, "train.lr": 1e-3},
+        "lines": {"a": {"train.batch_size": 2}, "b": None},
+        "baseline": "a",
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    own = {"extends": "base.yaml", "settings": {"train.epochs": 1}, "start": {"train.epochs": 2}}
+    (folder / "own.yaml").write_text(yaml.safe_dump(own))
+    grid = read_grid(str(folder / "own.yaml"))
+    assert grid.settings == {"train.epochs": 1, "train.lr": 1e-3}
+    assert grid.start == {"train.epochs": 2}
+    assert grid.lines == {"a": {"train.batch_size": 2}, "b": {}}
+    assert (grid.seeds, grid.baseline) == ([3], "a")
+    (folder / "lines.yaml").write_text("extends: own.yaml\nlines: {c: {}}\nbaseline: c\n")
+    assert list(read_grid(str(folder / "lines.yaml")).lines) == ["c"]
+    for text, message in (
+        ("extends: own.yaml", "base.yaml: extends: .* extends it in turn"),
+        ("extends: 3", "extends: 3 is no name"),
+        ("extends: away.yaml", "away.yaml is not there .extended by .*base.yaml"),
+    ):
+        (folder / "base.yaml").write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_grid(str(folder / "own.yaml"))
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs" / "grids").glob("*.yaml")), ids=lambda p: p.name
 )

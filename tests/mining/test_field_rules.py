@@ -192,7 +192,8 @@ def test_unknown_rules_and_options_are_refused(
 def test_only_what_streams_is_streamed(rule: str) -> None:
     many = {"all": tuple(map(str, range(100_000)))}
     chosen = choose_engine(Settings(mining={"rule": rule}), many)
-    assert (chosen == "streaming") == RULES[rule].streams == (rule == "steep_drops")
+    streams = rule in ("steep_drops", "target_drop")
+    assert (chosen == "streaming") == RULES[rule].streams == streams
     veto = Settings(mining={"rule": rule, "veto": "x"})
     assert choose_engine(veto, many) == "sort"
     with pytest.raises(

@@ -74,9 +74,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     table = read_mined_set(str(folder / "round")).table.drop_columns(
         ["curve_ranks", "curve_scores"]
     )
-    place = table.schema.get_field_index("negative_ids")
-    plain = table["negative_ids"].cast(pa.large_list(pa.string()))
-    table = table.set_column(place, "negative_ids", plain)
+    for name in ("negative_ids", "left_alone_ids"):
+        plain = table[name].cast(pa.large_list(pa.string()))
+        table = table.set_column(table.schema.get_field_index(name), name, plain)
     rows: list[dict[str, Any]] = table.sort_by("query_id").to_pylist()
     return rows
 
@@ -118,6 +118,30 @@ def test_whole_sets_are_the_same_too(tmp_path: Path, local_ray: str) -> None:
     assert rows(tmp_path / "streaming") == rows(tmp_path / "sort")
     statuses = {row["status"] for row in rows(tmp_path / "sort")}
     assert {"steep", "smooth"} <= statuses
+
+
+@pytest.mark.parametrize("among", ["below", "anywhere"])
+def test_likeness_to_the_target_under_any_cut(among: str, tmp_path: Path, local_ray: str) -> None:
+    cuts: list[dict[str, Any]] = [
+        {"engine": "sort"},
+        {"engine": "sort", "query_block": 64, "memory_mb": 64},
+        {"engine": "streaming"},
+        {"engine": "streaming", "corpus_range": 256, "query_block": 256},
+    ]
+    options = {"candidates": 20, "among": among, "negatives": 7}
+    found = []
+    for number, cut in enumerate(cuts):
+        folder = tmp_path / str(number)
+        mine(folder, rule="target_drop", options=options, **cut)
+        found.append(rows(folder))
+        # The likeliest images that were left alone are as like the target as the set says.
+        left_alone = read_mined_set(str(folder / "round")).left_alone()
+        for row in found[-1]:
+            assert row["left_alone_ids"] == left_alone[row["query_id"]].tolist()
+            assert len(row["left_alone_ids"]) == row["details"]["left_alone"] > 0
+            assert not set(row["left_alone_ids"]) & {*row["negative_ids"], row["target_id"]}
+            assert row["details"]["likeness"] == sorted(row["details"]["likeness"], reverse=True)
+    assert found[1:] == found[:1] * 3
 
 
 def with_positives(split: Split, seed: int) -> Split:

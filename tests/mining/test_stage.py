@@ -235,7 +235,7 @@ def test_manifest_commits_the_round(
         == len(data[0].triplets)
         == sum(manifest["statistics"]["statuses"].values())
     )
-    assert manifest["schema_version"] == 5
+    assert manifest["schema_version"] == 6
     assert manifest["rule"]["name"] == "steep_drops"
     assert manifest["settings"]["exclude_reference"] is True
     assert manifest["peak_task_memory_mb"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from test_steep_drops import SCORES
 from torch import Tensor
 
+from qure_core.base.config import MiningSettings
 from qure_core.mining.engines import sketch, streaming
 from qure_core.mining.engines.keys import key_columns, key_scores, pack_keys
 from qure_core.mining.engines.sketch import Anchors, Summary, merged
@@ -24,10 +26,12 @@ from qure_core.mining.engines.streaming import (
     Request,
     answer,
     settle_all,
+    settle_ends,
     summarise_chunks,
 )
-from qure_core.mining.rows import MinedRow, rows_of
+from qure_core.mining.rows import MinedRow, rows_of, whole_curve
 from qure_core.mining.rules.steep_drops import DropRule
+from qure_core.mining.rules.target_drop import TargetDrop
 from qure_core.mining.sampling import image_words, query_words, threshold_for
 
 
@@ -40,7 +44,8 @@ def by_sorting(
     words: tuple[Tensor, Tensor],
 ) -> list[MinedRow]:
     ranked = rank_queries(scores, target, reference)
-    return rows_of(ranked, rule.select(ranked), rule.statuses, *words, wanted)
+    selection, curve = rule.select(ranked), whole_curve(ranked)
+    return rows_of(ranked, selection, rule.statuses, *words, wanted, curve)
 
 
 def by_streaming(
@@ -168,6 +173,57 @@ def test_equals_the_sort(data: st.DataObject) -> None:
     ):
         ours, _ = by_streaming(scores, target, reference, rule, wanted, words, cuts, low)
     assert_same(ours, by_sorting(scores, target, reference, rule, wanted, words))
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_rule_of_the_ends_equals_the_sort(data: st.DataObject) -> None:
+    images = data.draw(st.integers(3, 60))
+    kind = data.draw(st.sampled_from([SCORES, DYADIC]))
+    rows = data.draw(
+        st.lists(st.lists(kind, min_size=images, max_size=images), min_size=1, max_size=3)
+    )
+    scores = torch.tensor(rows, dtype=torch.float32)
+    target = torch.tensor([data.draw(st.integers(0, images - 1)) for _ in rows])
+    left_out = st.lists(st.integers(-1, images - 1), min_size=3, max_size=3)
+    reference = torch.tensor([data.draw(left_out) for _ in rows])[:, : min(3, images - 2)]
+    options = {
+        "candidates": data.draw(st.integers(4, 9)),
+        "among": data.draw(st.sampled_from(["below", "anywhere"])),
+        "negatives": data.draw(st.sampled_from([None, 1, 3])),
+    }
+    rule = TargetDrop.of(MiningSettings(rule="target_drop", options=options))
+    wanted = data.draw(st.one_of(st.none(), st.integers(1, 4)))
+    words = names(len(rows), images)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    tokens = torch.randn(images, 2, 3, generator=generator)
+    ranked = rank_queries(scores, target, reference, tokens.__getitem__)
+    ranked = replace(ranked, images_at_once=data.draw(st.integers(1, 30)))
+    expected = rows_of(
+        ranked, rule.select(ranked), rule.statuses, *words, wanted, whole_curve(ranked)
+    )
+    cuts = data.draw(st.lists(st.integers(1, images - 1), max_size=4))
+    target_score = scores.gather(1, target[:, None])[:, 0]
+    with patch.object(sketch, "ENDS", 10):
+        anchors = Anchors.of(target_score, target, reference, scores.amin(1), words[0], 0, 10)
+        summaries = [
+            Summary.from_bytes(
+                summarise_chunks([(a, scores[:, a:b].clone())], anchors, words[1]).to_bytes()
+            )
+            for a, b in itertools.pairwise([0, *sorted(set(cuts)), images])
+        ]
+        ours = list(
+            settle_ends(
+                merged(reversed(summaries)), anchors, rule, wanted, words[1], tokens.__getitem__, 5
+            )
+        )
+    assert_same(ours, expected)
+    for one, other in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(one.left_alone_keys, other.left_alone_keys)
+        known = dict(zip(*(part.tolist() for part in other.curve), strict=True))
+        both = [(r, s) for r, s in zip(*(p.tolist() for p in one.curve), strict=True) if r in known]
+        assert both
+        assert all(known[rank] == score for rank, score in both)
 
 
 def curves(images: int) -> dict[str, np.ndarray]:

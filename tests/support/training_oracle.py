@@ -23,7 +23,7 @@ from qure_core.training.negatives import random_negatives
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an epoch is taken with."""
+    """What an epoch is taken with. threshold: likeness from which an answer may fit a query."""
 
     batch_size: int
     objective: str = "bradley_terry"
@@ -32,6 +32,7 @@ class Recipe:
     query_encoder: QueryEncoder = "qformer"
     seed: int = 1000
     lr: float = 1e-3
+    threshold: float | None = None
 
 
 def parts(
@@ -55,10 +56,11 @@ def plain_loss(
     known: Sequence[Triplet],
     negatives: dict[str, tuple[str, ...]],
     score: Callable[[str], Tensor],
+    may_fit: Callable[[str], bool],
 ) -> Tensor:
     """One triplet's loss from its definition, in its batch and among all that are known.
 
-    ``score`` gives an image's score.
+    ``score`` gives an image's score, ``may_fit`` tells which images are to be left alone.
     """
     positive = score(str(triplet.target_id))
     own = negatives[triplet.query_id]
@@ -69,7 +71,7 @@ def plain_loss(
     names = {name for o in same for name in (str(o.target_id), *negatives[o.query_id])}
     query = (triplet.category, triplet.reference_id, triplet.text)
     names -= {str(o.target_id) for o in known if (o.category, o.reference_id, o.text) == query}
-    names = (names - {triplet.reference_id}) | set(own)
+    names = {name for name in (names - {triplet.reference_id}) | set(own) if not may_fit(name)}
     return torch.stack([positive, *map(score, sorted(names))]).logsumexp(dim=0) - positive
 
 
@@ -110,8 +112,16 @@ def plain_epoch(run_dir: Path, recipe: Recipe) -> tuple[dict[str, Tensor], list[
             ) -> Tensor:
                 return (image(name) @ query_D).max() / model.temperature
 
+            def may_fit(
+                name: str,
+                target: str = str(triplet.target_id),
+                image: Callable[[str], Tensor] = image,
+            ) -> bool:
+                likeness = torch.stack([(image(name) @ one).max() for one in image(target)]).mean()
+                return recipe.threshold is not None and bool(likeness >= recipe.threshold)
+
             total = total + plain_loss(
-                recipe.objective, triplet, batch, split.triplets, negatives, score
+                recipe.objective, triplet, batch, split.triplets, negatives, score, may_fit
             )
         (total / len(batch)).backward()
         optimizer.step()

@@ -80,7 +80,14 @@ def epoch(
     load = ImageLoader(
         split.images, processor.image_size, processor.pixels, 10**7, threads=1, cache_mb=8
     )
-    build = TripletBatches(split.triplets, negatives_of, load, processor, objective.in_batch)
+    build = TripletBatches(
+        split.triplets,
+        negatives_of,
+        load,
+        processor,
+        objective.in_batch,
+        threshold_of=None if recipe.threshold is None else lambda triplet: recipe.threshold,
+    )
     order = epoch_order(len(split.triplets), recipe.seed, 0)
     steps = epoch_batches(build, order, recipe.batch_size, share)
     meter = Throughput(model.config, torch.device("cpu"), 1e9)
@@ -91,6 +98,7 @@ def epoch(
     return model.state_dict(), means, figures
 
 
+THRESHOLD = 0.9
 ENCODERS: tuple[QueryEncoder, ...] = ("qformer", "sprc", "combiner")
 
 
@@ -153,7 +161,12 @@ def test_workers_share_one_epoch(
     tmp_path: Path,
     alone: dict[Any, Any],
 ) -> None:
-    recipes = [Recipe(batch_size), Recipe(batch_size, "info_nce", negatives=2), *more(batch_size)]
+    recipes = [
+        Recipe(batch_size),
+        Recipe(batch_size, "info_nce", negatives=2),
+        Recipe(batch_size, "info_nce", threshold=THRESHOLD),
+        *more(batch_size),
+    ]
     out = tmp_path / "out.pt"
     arguments: Sequence[object] = (workers, tmp_path / "meeting", finished_run, recipes, out)
     torch.multiprocessing.spawn(work, arguments, nprocs=workers)
@@ -170,4 +183,6 @@ def test_workers_share_one_epoch(
         check_weights(state, expected)
         assert means == pytest.approx(losses, rel=1e-5)
         assert {"accuracy", "margin"} <= set(figures)
+        # Some of the answers are left alone, and not all.
+        assert recipe.threshold is None or 1 < figures["likely"] < batch_size
         assert figures == pytest.approx(alone.setdefault(recipe, figures), rel=1e-4, abs=1e-6)

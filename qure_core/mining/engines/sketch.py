@@ -2,7 +2,8 @@
 
 Per query the summary keeps, over a grid of buckets between the target's score and about the lowest,
 each bucket's count, first and last key; the keys nearest to the target and the farthest; the number
-of images above the target; and, where sets are sampled, the keys whose priority is low. Summaries
+of images above the target; where the rule looks at the top, the best keys of all; and, where sets
+are sampled, the keys whose priority is low. Summaries
 of different images merge by sum, minimum, maximum and union, so that any sharding and any order of
 merging give the same one. Nothing here is of size queries x images.
 
@@ -44,6 +45,7 @@ class Anchors:
     target_key_Q: ranking key of the target. left_out_QE: columns left out, -1 for none.
     low_Q: about the lowest score, from a few images; only the fineness of the grid depends on it.
     word_Q: the queries' words for sampling; threshold: priorities below it are kept, 0 for none.
+    top: how many of the best keys are kept, 0 unless the rule looks at them.
     """
 
     target_key_Q: Tensor
@@ -51,6 +53,7 @@ class Anchors:
     low_Q: Tensor
     word_Q: Tensor
     threshold: int
+    top: int = 0
 
     @classmethod
     def of(
@@ -61,10 +64,12 @@ class Anchors:
         low_Q: Tensor,
         word_Q: Tensor,
         threshold: int,
+        top: int = 0,
     ) -> Anchors:
         left_out_QE = left_out_QE.reshape(len(target_Q), -1)
         left_out_QE = left_out_QE.masked_fill(left_out_QE == target_Q[:, None], -1)
-        return cls(pack_key(target_score_Q, target_Q), left_out_QE, low_Q, word_Q, threshold)
+        target_key_Q = pack_key(target_score_Q, target_Q)
+        return cls(target_key_Q, left_out_QE, low_Q, word_Q, threshold, top)
 
     def rows(self, rows: Tensor) -> Anchors:
         """The anchors of some queries."""
@@ -80,6 +85,7 @@ class Anchors:
             change(self.low_Q),
             change(self.word_Q),
             self.threshold,
+            self.top,
         )
 
     def edges(self) -> Tensor:
@@ -126,7 +132,8 @@ class Summary:
 
     above_Q: images above the target. count_QB, first_QB, last_QB: the buckets. near_QR, far_QR:
     the first and last keys below the target, sorted; `LAST_KEY` or `FIRST_KEY` where there are
-    fewer. sample_row_N, sample_key_N: keys below the target whose priority is under the threshold.
+    fewer. top_QT: the best keys of all but the target, likewise. sample_row_N, sample_key_N: keys
+    below the target whose priority is under the threshold.
     """
 
     above_Q: Tensor
@@ -135,11 +142,12 @@ class Summary:
     last_QB: Tensor
     near_QR: Tensor
     far_QR: Tensor
+    top_QT: Tensor
     sample_row_N: Tensor
     sample_key_N: Tensor
 
     @classmethod
-    def empty(cls, queries: int, device: torch.device | None = None) -> Summary:
+    def empty(cls, queries: int, device: torch.device | None = None, top: int = 0) -> Summary:
         def full(value: int, *shape: int) -> Tensor:
             return torch.full(shape, value, dtype=torch.int64, device=device)
 
@@ -150,6 +158,7 @@ class Summary:
             full(FIRST_KEY, queries, BUCKETS),
             full(LAST_KEY, queries, ENDS),
             full(FIRST_KEY, queries, ENDS),
+            full(LAST_KEY, queries, top),
             full(0, 0),
             full(0, 0),
         )
@@ -200,13 +209,15 @@ class Summary:
         place_QR = stop_Q1 - ENDS + step_R
         far_QR = sorted_QC.gather(1, place_QR.clamp(min=0))
         far_QR.masked_fill_(place_QR < start_Q1, FIRST_KEY)
-        self._keep_ends(rows, near_QR, far_QR)
+        self._keep_ends(rows, near_QR, far_QR, sorted_QC[:, : anchors.top])
 
-    def _keep_ends(self, rows: Tensor, near_QR: Tensor, far_QR: Tensor) -> None:
+    def _keep_ends(self, rows: Tensor, near_QR: Tensor, far_QR: Tensor, top_QT: Tensor) -> None:
         near = sort_keys_(torch.cat([self.near_QR[rows], near_QR], dim=1))
         far = sort_keys_(torch.cat([self.far_QR[rows], far_QR], dim=1))
         self.near_QR[rows] = near[:, :ENDS]
         self.far_QR[rows] = far[:, -ENDS:]
+        if kept := self.top_QT.shape[1]:
+            self.top_QT[rows] = sort_keys_(torch.cat([self.top_QT[rows], top_QT], dim=1))[:, :kept]
 
     def merge(self, other: Summary) -> None:
         """Take in the summary of other images of the same queries."""
@@ -215,7 +226,7 @@ class Summary:
         self.first_QB = torch.minimum(self.first_QB, other.first_QB)
         self.last_QB = torch.maximum(self.last_QB, other.last_QB)
         rows = torch.arange(len(self.above_Q), device=self.above_Q.device)
-        self._keep_ends(rows, other.near_QR, other.far_QR)
+        self._keep_ends(rows, other.near_QR, other.far_QR, other.top_QT)
         self.sample_row_N = torch.cat([self.sample_row_N, other.sample_row_N])
         self.sample_key_N = torch.cat([self.sample_key_N, other.sample_key_N])
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qure_core.mining.engines.keys import LAST_KEY, key_columns, key_scores, sort_keys_
+from qure_core.mining.engines.ranked import RankedEnds
 from qure_core.mining.engines.sketch import (
     BUCKETS,
     FIRST_KEY,
@@ -28,7 +29,8 @@ from qure_core.mining.engines.sketch import (
     bucketed,
     ranked_keys,
 )
-from qure_core.mining.rows import MinedRow, curve_ranks, sample_keys
+from qure_core.mining.rows import MinedRow, curve_ranks, rows_of, sample_keys
+from qure_core.mining.rules.rule import EndsRule
 from qure_core.mining.rules.steep_drops import (
     STEEP,
     DropRule,
@@ -262,11 +264,12 @@ class QueryRanking:
             details=drop_details(drops, steepness),
             size=size,
             negative_keys=keys,
-            curve=self._curve(target_score, marks),
+            curve=self.curve(marks),
         )
 
-    def _curve(self, target_score: float, marks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def curve(self, marks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Points of the curve from the target down, at ranks that the segments know."""
+        target_score = float(_scores(np.asarray([self.target_key]))[0])
         base = self.target_rank + 1
         ranks = np.concatenate(
             [[self.target_rank], base + self.start_S, base + self.start_S + self.count_S - 1]
@@ -415,7 +418,7 @@ def summarise_chunks(
     image_words: Tensor | None,
 ) -> Summary:
     """The summary of all queries over the chunks."""
-    summary = Summary.empty(len(anchors.word_Q), anchors.word_Q.device)
+    summary = Summary.empty(len(anchors.word_Q), anchors.word_Q.device, anchors.top)
     edges_QE = anchors.edges()
     for first_column, scores_QC in chunks:
         words = None
@@ -468,3 +471,32 @@ def settle_all(
         assert isinstance(outcome, MinedRow)
         del known[row]
         yield outcome, row in looked
+
+
+def settle_ends(
+    summary: Summary,
+    anchors: Anchors,
+    rule: EndsRule,
+    wanted: int | None,
+    image_words: Tensor | None,
+    image_tokens: Callable[[Tensor], Tensor],
+    images_at_once: int,
+) -> Iterator[MinedRow]:
+    """Yield every query's row, in order, by a rule that looks at the top and below the target."""
+    below_Q = summary.count_QB.sum(dim=1)
+    ranked = RankedEnds(
+        summary.top_QT,
+        summary.near_QR,
+        anchors.target_key_Q,
+        summary.above_Q + 1 + below_Q,
+        summary.above_Q,
+        image_tokens,
+        images_at_once,
+    )
+    known = rankings(summary, anchors, image_words)
+
+    def curve(query: int, marks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return known[query].curve(marks)
+
+    selection = rule.select(ranked)
+    yield from rows_of(ranked, selection, rule.statuses, anchors.word_Q, image_words, wanted, curve)

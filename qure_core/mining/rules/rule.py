@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from qure_core.base.config import MiningSettings
-from qure_core.mining.engines.ranked import Ranked
+from qure_core.mining.engines.ranked import Ranked, RankedEnds
 
 IMAGE_TOKENS = "image tokens"
 """What a rule may need besides scores: the embeddings [T, D] of single images."""
+
+THRESHOLD = "threshold"
+"""The detail in which a rule tells from which `token_likeness` of the target to it an image may fit
+the query: in-batch objectives leave such images alone."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Selection:
     weights: per query of a rule that is a distribution, how likely its members are drawn, relative
         to one another; without, all are equally likely.
     details: per query, the rule's own facts, as its `Rule.details` declares them.
+    left_alone: of a rule that looks for images that may fit, each query's ranks of those that it
+        found among its candidates, the likeliest first.
     marks: per query, ranks near which the kept curve is dense, besides the target's.
     """
 
@@ -40,6 +46,7 @@ class Selection:
     marks: Sequence[Sequence[int]]
     members: Mapping[int, np.ndarray] | None = None
     weights: Mapping[int, np.ndarray] | None = None
+    left_alone: Sequence[np.ndarray] | None = None
 
     def ranks(self, query: int) -> Tensor | slice:
         """The ranks of a query's negatives, best first."""
@@ -54,10 +61,10 @@ class Rule(Protocol):
     name, version: what a mined set is known to be made by; another version means other sets.
     statuses: how negatives may have been found, the intended way first. found: that way in words.
     details: the rule's own facts about a query, with their types ("int64", "float32", "float64",
-        "string", or a mapping of such); each may be None. figures: those of them that a round's
-        statistics summarise, with what they are called in its table.
+        "string", a mapping of such, or a list of one for a list of it); each may be None.
+        figures: those of them that a round's statistics summarise, with what they are called.
     needs: what it must be given besides scores (`IMAGE_TOKENS`).
-    streams: whether the streaming engine serves it exactly.
+    streams: whether the streaming engine serves it exactly: `DropRule`, and any `EndsRule`.
     """
 
     name: ClassVar[str]
@@ -91,4 +98,12 @@ class Rule(Protocol):
     @staticmethod
     def describe(details: Mapping[str, Any]) -> list[str]:
         """One query's details in lines for people."""
+        ...
+
+
+class EndsRule(Rule, Protocol):
+    """A rule that looks at no more than `LOOKED_AT` ranks from the top on or after the target."""
+
+    def select(self, ranked: Ranked | RankedEnds) -> Selection:
+        """The hard negatives of every query."""
         ...

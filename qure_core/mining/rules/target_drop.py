@@ -17,9 +17,9 @@ from pydantic import BaseModel, Field
 
 from qure_core.base.config import MiningSettings
 from qure_core.base.options import read_options
-from qure_core.mining.engines.ranked import Ranked
-from qure_core.mining.rules.rule import IMAGE_TOKENS, Selection
-from qure_core.model.relevance import token_likeness
+from qure_core.mining.engines.ranked import LOOKED_AT, Ranked, RankedEnds
+from qure_core.mining.rules.likeness import likeness_to_target
+from qure_core.mining.rules.rule import IMAGE_TOKENS, THRESHOLD, Selection
 
 DROP, BELOW_TARGET, CORPUS = 0, 1, 2
 STATUSES = ("drop", "below_target", "corpus")
@@ -31,7 +31,7 @@ class TargetDropOptions(BaseModel, extra="forbid"):
     """candidates: K, the best-scored images looked at. among: those "below" the target, or
     "anywhere". negatives: how many are kept of what is left, the best-scored; None for all."""
 
-    candidates: int = Field(50, ge=4)
+    candidates: int = Field(50, ge=4, lt=LOOKED_AT)
     among: Literal["below", "anywhere"] = "below"
     negatives: int | None = Field(10, ge=1)
 
@@ -49,13 +49,14 @@ class TargetDrop:
     statuses: ClassVar[tuple[str, ...]] = STATUSES
     found: ClassVar[str] = "below a drop of likeness"
     details: ClassVar[Mapping[str, Any]] = {
-        "threshold": "float32",  # likeness of the last image above the drop
+        THRESHOLD: "float32",  # likeness of the last image above the drop
         "height": "float32",
         "left_alone": "int64",  # candidates above the drop
+        "likeness": ["float32"],  # of all candidates, the most alike first
     }
     figures: ClassVar[Mapping[str, str]] = {"left_alone": "images left alone"}
     needs: ClassVar[frozenset[str]] = frozenset({IMAGE_TOKENS})
-    streams: ClassVar[bool] = False
+    streams: ClassVar[bool] = True
 
     def __init__(self, chosen: TargetDropOptions) -> None:
         self.chosen = chosen
@@ -76,26 +77,36 @@ class TargetDrop:
         ranks = np.arange(first, min(length, first + self.chosen.candidates + 1))
         return ranks[ranks != target][: self.chosen.candidates]
 
-    def select(self, ranked: Ranked) -> Selection:
+    def select(self, ranked: Ranked | RankedEnds) -> Selection:
         """The hard negatives of every query."""
-        assert ranked.image_tokens is not None
-        status, details, members, marks, spans = [], [], {}, [], []
-        numbers = zip(ranked.length_Q.tolist(), ranked.target_rank_Q.tolist(), strict=True)
-        for query, (length, target) in enumerate(numbers):
-            candidates = self._candidates(length, target)
-            ranks = np.append(candidates, target)
-            tokens = ranked.image_tokens(ranked.columns(query, torch.from_numpy(ranks)).cpu())
-            likeness = token_likeness(tokens[-1:], tokens[:-1])[0].numpy()
-            left, drop = _below_the_drop(likeness)
-            status.append(DROP if drop else BELOW_TARGET if target < length - 1 else CORPUS)
-            members[query] = candidates[left][: self.chosen.negatives]
+        status, details, members, marks, spans, left_alone = [], [], {}, [], [], []
+        lengths, targets = ranked.length_Q.tolist(), ranked.target_rank_Q.tolist()
+        looked_at = [
+            self._candidates(length, target)
+            for length, target in zip(lengths, targets, strict=True)
+        ]
+        likeness_of = likeness_to_target(ranked, looked_at)
+        for query, (candidates, likeness) in enumerate(zip(looked_at, likeness_of, strict=True)):
+            order = np.argsort(-likeness, kind="stable")
+            sorted_K = likeness[order]
+            above = _above_the_drop(sorted_K)
+            below = targets[query] < lengths[query] - 1
+            status.append(DROP if above else BELOW_TARGET if below else CORPUS)
+            left_alone.append(candidates[order[:above]])
+            members[query] = candidates[np.sort(order[above:])][: self.chosen.negatives]
             spans.append((int(members[query][0]), int(members[query][-1]) + 1))
-            threshold, height = drop or (None, None)
-            left_alone = len(candidates) - len(left)
-            details.append({"threshold": threshold, "height": height, "left_alone": left_alone})
+            details.append(
+                {
+                    THRESHOLD: float(sorted_K[above - 1]) if above else None,
+                    "height": float(sorted_K[above - 1] - sorted_K[above]) if above else None,
+                    "left_alone": above,
+                    "likeness": sorted_K.tolist(),
+                }
+            )
             marks.append([int(members[query][0])])
         start_Q, stop_Q = torch.tensor(spans).unbind(dim=1)
-        return Selection(torch.tensor(status), start_Q, stop_Q, details, marks, members)
+        status_Q = torch.tensor(status)
+        return Selection(status_Q, start_Q, stop_Q, details, marks, members, left_alone=left_alone)
 
     @staticmethod
     def cut(details: Mapping[str, Any], target_rank: int) -> Any:
@@ -114,13 +125,8 @@ class TargetDrop:
         ]
 
 
-def _below_the_drop(likeness_K: np.ndarray) -> tuple[np.ndarray, tuple[float, float] | None]:
-    """Places of candidates below the steepest drop, ascending; and (threshold, height) of it, None
-    where there are too few candidates to look for one."""
-    order = np.argsort(-likeness_K, kind="stable")
-    gaps = -np.diff(likeness_K[order])[: len(likeness_K) // 2]
-    if not len(gaps):
-        return np.arange(len(likeness_K)), None
-    above = int(gaps.argmax()) + 1
-    drop = (float(likeness_K[order[above - 1]]), float(gaps[above - 1]))
-    return np.sort(order[above:]), drop
+def _above_the_drop(sorted_K: np.ndarray) -> int:
+    """How many candidates lie above the steepest drop of their sorted likeness, which is looked for
+    among the first K/2 gaps; 0 where there are too few to have one."""
+    gaps = -np.diff(sorted_K)[: len(sorted_K) // 2]
+    return int(gaps.argmax()) + 1 if len(gaps) else 0
