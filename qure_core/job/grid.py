@@ -8,8 +8,8 @@ lines:
   contrastive: {objective.name: info_nce, train.negatives: random}
 baseline: QuRe                       # what paired differences are taken from
 
-``extends: field.yaml`` takes what a grid does not say from another one beside it; its ``start`` and
-``settings`` come over the other's, setting by setting.
+``extends: field.yaml`` takes what a grid does not say from another one beside it: ``start`` and
+``settings`` setting by setting, all else (``lines``, ``baseline``) in whole.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _read_whole(path: str, through: tuple[str, ...]) -> dict[str, Any]:
     if "extends" not in value:
         return value
     other = value.pop("extends")
-    if not isinstance(other, str):
+    if not isinstance(other, str) or "/" in other:
         raise InputError(f"--grid: {path}: extends: {other!r} is no name of a file beside it")
     base = _read_whole(storage.join(uri.rpartition("/")[0], other), (*through, uri))
     for name in ("start", "settings"):

@@ -98,8 +98,8 @@ class MinedSet:
         """Of a rule that has such (`THRESHOLD`), the queries' likeness to the target from which an
         image may fit: {query id: likeness}, without those that have none."""
         kind = self.table.schema.field("details").type
-        if kind.get_field_index(THRESHOLD) < 0:
-            return {}
+        if kind.get_field_index(THRESHOLD) < 0 or not self.left_alone():
+            return {}  # a version that listed no such images made no use of it in training
         ids = self.table["query_id"].to_pylist()
         values = pc.struct_field(self.table["details"], THRESHOLD).to_pylist()
         return {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qure_core import storage
 from qure_core.embeddings.shards import EmbeddingShards
+from qure_core.mining.engines.ranked import LOOKED_AT
 from qure_core.mining.engines.sketch import (
     BUCKETS,
     ENDS,
@@ -48,6 +49,7 @@ TABLE_BYTES = 64
 CHUNK_COLUMNS = 32_768  # images whose scores a streaming task holds at a time
 RANGE_COLUMNS = 262_144  # images of a corpus that one task summarises
 MERGED_AT_ONCE = 8
+_LISTED = LOOKED_AT  # left alone of a query, and the likeness of all candidates, at most
 _SAMPLED_PER_WANTED = 32  # keys kept by priority for each negative wanted
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -145,7 +147,7 @@ def _image_tokens(embeddings: EmbeddingShards, block: QueryBlock) -> Callable[[T
 
 def _images_at_once(embeddings: EmbeddingShards, task: RoundTask) -> int:
     """So many embeddings, in float32 and as they are stored, take a quarter of a task's memory."""
-    return max(1, task.memory_bytes // 4 // (8 * embeddings.tokens * embeddings.width))
+    return max(1, task.memory_bytes // 4 // (12 * embeddings.tokens * embeddings.width))
 
 
 def _write_part(
@@ -171,7 +173,7 @@ def _tables(block: QueryBlock, task: RoundTask, rows: Iterator[MinedRow]) -> Ite
     waiting: list[MinedRow] = []
     for row in rows:
         waiting.append(row)
-        held += len(row.negative_keys)
+        held += len(row.negative_keys) + (0 if row.left_alone_keys is None else _LISTED)
         if held >= most:
             some = block.triplets[first : first + len(waiting)]
             yield to_table(some, block.corpus, waiting, schema)
@@ -283,8 +285,10 @@ def _read_anchors(
     uri = storage.join(task.scratch, anchors_name(block.number))
     known = tensors_from_bytes(storage.read_bytes(uri))
     query_word_Q, image_word_M = task.words(block, first, last)
-    threshold = 0
-    if task.max_negatives:
+    threshold, top = 0, 0
+    if not isinstance(task.rule, DropRule):
+        top = ENDS
+    elif task.max_negatives:
         threshold = threshold_for(task.max_negatives * _SAMPLED_PER_WANTED, len(block.corpus))
     anchors = Anchors.of(
         known["target_score"],
@@ -293,13 +297,15 @@ def _read_anchors(
         known["low"],
         query_word_Q,
         threshold,
-        0 if isinstance(task.rule, DropRule) else ENDS,
+        top,
     )
     return anchors, image_word_M
 
 
-def summary_bytes(max_negatives: int | None) -> int:
+def summary_bytes(rule: Rule, max_negatives: int | None) -> int:
     """About how many bytes a query's summary takes."""
+    if not isinstance(rule, DropRule):
+        return 24 * BUCKETS + 24 * ENDS
     kept = 24 * (max_negatives or 0) * _SAMPLED_PER_WANTED
     return 24 * BUCKETS + 16 * ENDS + kept
 

@@ -19,7 +19,8 @@ class FNC:
     Found is an answer among the ``top_k`` best detection scores and above ``threshold``, a cosine:
     the larger one of the query's score and of the target's likeness (`token_likeness`), which stand
     where the paper has further views of an image. cancel "elimination" leaves them out;
-    "attraction" makes answers of them.
+    "attraction" makes answers of them. With ``mask_likely`` what a mined set's threshold says is
+    left out before.
     """
 
     class Options(shared.InBatchOptions):

@@ -24,8 +24,9 @@ class Outputs:
     candidate_BA: for an in-batch objective, which answers may stand as a query's negatives: its
         own, and others of its category that are neither its reference nor the target of a triplet
         with the same query.
-    likely_BA: of those, which the mined set's threshold says may fit the query, being as like its
-        target as the images that the rule left alone; None without thresholds.
+    likely_BA: of those, which may fit the query, being by the present weights as like its target as
+        the images that the rule left alone; also the query's own negatives, once they are. None
+        without thresholds.
     """
 
     query_BD: Tensor

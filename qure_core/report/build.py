@@ -152,7 +152,7 @@ def _round_row(manifest: dict[str, Any], mined: MinedSet, train: Split) -> list[
         f"{statistics['set_size']['median']:,.0f}",
         f"{statistics['margin_to_target']['median']:.4f}",
         "unknown" if relevant is None else f"{relevant:.2%}",
-        "" if found is None else f"{found:.1%}",
+        _rightly_left(found, bool(mined.left_alone())),
         f"{seconds['embed'] + seconds['score to write, wall']:.1f}",
     ]
 
@@ -171,6 +171,12 @@ def false_negative_share(mined: MinedSet, train: Split) -> float | None:
         if t.relevant_ids
     ]
     return float(np.mean(shares)) if shares else None
+
+
+def _rightly_left(found: float | None, looks: bool) -> str:
+    if not looks:
+        return "none left alone"
+    return "unknown" if found is None else f"{found:.1%}"
 
 
 def left_alone_relevance(mined: MinedSet, train: Split) -> float | None:

@@ -13,12 +13,27 @@ from qure_core.model import ComposedModel, Embedded
 from qure_core.model.relevance import relevance_scores, token_likeness
 from qure_core.objectives import Objective, Outputs
 from qure_core.objectives.contrastive import contrastive_losses
+from qure_core.objectives.options import InBatchOptions
 
 
 def gathered(local: Tensor, send: Tensor, take: Tensor) -> Tensor:
     """Rows of all workers with their gradients, as `batches.exchange` says."""
     assert dist.is_initialized(), "a batch of several workers"
     return torch.cat(list(dist_nn.all_gather(local[send].contiguous())))[take]
+
+
+_HELD = 2**24  # products of tokens at a time
+
+
+@torch.no_grad()
+def _as_like(image_ATD: Tensor, target_B: Tensor, threshold_B: Tensor) -> Tensor:
+    """Which images are as like each target as its threshold says, [B, A]."""
+    with torch.autocast(image_ATD.device.type, enabled=False):
+        image_ATD = image_ATD.float()
+        images, tokens, _ = image_ATD.shape
+        rows = target_B.split(max(1, _HELD // (images * tokens * tokens)))
+        likeness_BA = torch.cat([token_likeness(image_ATD[own], image_ATD) for own in rows])
+    return likeness_BA >= threshold_B[:, None]
 
 
 class TripletStep(nn.Module):
@@ -36,6 +51,22 @@ class TripletStep(nn.Module):
             model.temperature.requires_grad_(False)
         self._model = (model,)  # in a tuple, which registers nothing
         self.trained = model.trained_part()
+        options = objective.options
+        self._masks = not isinstance(options, InBatchOptions) or options.mask_likely
+        self._drops_out = any(
+            isinstance(part, nn.Dropout) and part.p > 0 for part in self.trained.modules()
+        )
+
+    @torch.no_grad()
+    def _as_mined(self, vision: Tensor, answer_A: Tensor) -> Tensor:
+        """Answers [A, T, D] as mining embeds them, where the step does not: two draws of dropout
+        make an image unlike itself, and half precision loses those at the threshold."""
+        training = self.trained.training
+        self.trained.eval()
+        with torch.autocast(vision.device.type, enabled=False):
+            image_ATD: Tensor = self._model[0].embed_images(vision[answer_A])
+        self.trained.train(training)
+        return image_ATD
 
     def forward(
         self,
@@ -50,7 +81,7 @@ class TripletStep(nn.Module):
 
         accuracy: the share of a triplet's negatives that score below its target;
         margin: by how much they do, on average;
-        likely: with thresholds of a mined set, answers of the batch that may fit.
+        likely: with thresholds of a mined set, candidates of the batch that may fit.
         """
         embedded: Embedded = self._model[0](
             vision, reference_B, answer_A, input_ids, attention_mask
@@ -67,10 +98,15 @@ class TripletStep(nn.Module):
         query_BD = of_all("queries", embedded.query_BD)
         image_ATD = of_all("answers", embedded.image_ATD)
         candidate_BA, likely_BA = labels.get("candidate_BA"), None
-        if candidate_BA is not None and "threshold_B" in labels:
+        if candidate_BA is not None and "threshold_B" in labels and self._masks:
+            own_ATD = embedded.image_ATD
+            if self._drops_out or torch.is_autocast_enabled(vision.device.type):
+                own_ATD = self._as_mined(vision, answer_A)
             with torch.no_grad():
-                likeness_BA = token_likeness(image_ATD[labels["target_B"]], image_ATD)
-            likely_BA = candidate_BA & (likeness_BA >= labels["threshold_B"][:, None])
+                settled_ATD = of_all("answers", own_ATD.detach())
+            likely_BA = candidate_BA & _as_like(
+                settled_ATD, labels["target_B"], labels["threshold_B"]
+            )
         outputs = Outputs(
             query_BD,
             image_ATD,

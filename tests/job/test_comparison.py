@@ -154,6 +154,7 @@ def test_a_grid_extends_another(tmp_path: Path) -> None:
     for text, message in (
         ("extends: own.yaml", "base.yaml: extends: .* extends it in turn"),
         ("extends: 3", "extends: 3 is no name"),
+        ("extends: /a/b.yaml", "extends: '/a/b.yaml' is no name of a file beside it"),
         ("extends: away.yaml", "away.yaml is not there .extended by .*base.yaml"),
     ):
         (folder / "base.yaml").write_text(text)

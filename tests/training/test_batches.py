@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from qure_core.data.loader import ImageLoader
 from qure_core.data.schema import Triplet
 from qure_core.embeddings.encoder import Encoder
 from qure_core.model import QuReModel, QuReProcessor, build_model, learn_tokenizer
+from qure_core.model.relevance import token_likeness
 from qure_core.objectives import make_objective
 from qure_core.runtime.prefetch import prefetched
 from qure_core.training.batches import (
@@ -262,6 +264,51 @@ def test_a_failing_batch_is_not_swallowed() -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         list(prefetched([lambda: 1, fail, lambda: 2]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_what_may_fit_is_told_as_mining_would(
+    parts: Parts, dropout: float, precision: torch.dtype | None
+) -> None:
+    """Whatever the training's dropout and precision: the threshold is of neither."""
+    model = copy.deepcopy(parts.model).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    build = TripletBatches(
+        parts.triplets,
+        lambda t: random_negatives(t, parts.corpora[t.category], 7, 0, 2),
+        parts.load,
+        parts.processor,
+        in_batch=True,
+        threshold_of=lambda t: 0.0,
+    )
+    inputs = dict(build(np.arange(16), Share()).inputs)
+    encoder = Encoder(model, parts.processor, precision="fp32")
+    inputs["vision"] = encoder.vision(inputs)
+    del inputs["pixel_values"]
+    with torch.no_grad():
+        image_ATD = copy.deepcopy(model).eval().embed_images(inputs["vision"][inputs["answer_A"]])
+    candidate_BA, target_B = inputs["candidate_BA"], inputs["target_B"]
+    likeness_BA = token_likeness(image_ATD[target_B], image_ATD)
+    of_candidates_BA = likeness_BA.masked_fill(~candidate_BA, -torch.inf)
+    # The fifth likest of each is at its threshold; one query has none.
+    inputs["threshold_B"] = of_candidates_BA.topk(5, dim=1).values[:, -1]
+    inputs["threshold_B"][3] = torch.inf
+    expected_B = torch.full((16,), 5.0)
+    expected_B[3] = 0
+    step = TripletStep(model, make_objective("info_nce", {}))
+    with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
+        losses_B, figures = step(**inputs)
+    torch.testing.assert_close(figures["likely"], expected_B)
+    assert model.qformer.training
+    without = TripletStep(model, make_objective("info_nce", {"mask_likely": False}))
+    more_B, figures = without(**inputs)
+    assert "likely" not in figures
+    if dropout == 0 and precision is None:
+        assert (more_B > losses_B)[expected_B > 0].all()
+        torch.testing.assert_close(more_B[3], losses_B[3])
 
 
 def test_bf16_autocast_step_is_close_to_fp32(parts: Parts) -> None:

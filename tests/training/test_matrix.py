@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,10 +15,14 @@ from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.data import read_split
 from qure_core.mining import read_mined_set
+from qure_core.mining.describe import describe_query
+from qure_core.mining.mined_set import MINED_KIND
 from qure_core.mining.rules import RULES
 from qure_core.mining.stage import hold_round, mine_round
 from qure_core.model import load_model
 from qure_core.objectives import OBJECTIVES
+from qure_core.report.build import left_alone_relevance
+from qure_core.report.inspect import draw_query
 from qure_core.runtime.in_process import stages_in_process
 from qure_core.runtime.resources import plan_resources
 from qure_core.training.loop import Worker, train_epochs
@@ -82,6 +87,9 @@ def test_every_objective_trains_with_every_rule(
     for name in ("loss", "accuracy", "margin", "gradient_norm", "temperature"):
         assert math.isfinite(facts[name]), name
     assert facts["gradient_norm"] > 0
+    # Thresholds travel with the sets that have them, to the objectives that can use them.
+    assert ("likely" in facts) == (rule == "target_drop" and OBJECTIVES[objective].in_batch)
+    assert facts.get("likely", 1) > 0
     before, _ = load_model(str(first))
     after, _ = load_model(str(tmp_path / "checkpoints/train-0001"))
     changed = {
@@ -93,6 +101,44 @@ def test_every_objective_trains_with_every_rule(
     fixed = OBJECTIVES[objective].Options().temperature
     assert ("temperature" in changed) == (fixed is None)
     assert fixed is None or facts["temperature"] == fixed
+
+
+def test_what_was_left_alone_is_told(
+    rounds: dict[str, str], finished_run: Path, tmp_path: Path
+) -> None:
+    uri = rounds["target_drop"]
+    mined, train = read_mined_set(uri), read_split(str(finished_run / "data/train"))
+    left_alone, thresholds = mined.left_alone(), mined.thresholds()
+    assert 0 < len(thresholds) <= len(left_alone) == len(train.triplets)
+    query = next(iter(thresholds))
+    told = describe_query(uri, query, 3)
+    assert f"may fit, left alone: {', '.join(left_alone[query][:3])}" in told
+    assert "candidates may fit and are left alone: as like the target as " in told
+    draw_query(uri, query, str(tmp_path / "curve.png"))
+    assert (tmp_path / "curve.png").stat().st_size > 5_000
+    relevant = {t.query_id: set(t.relevant_ids) for t in train.triplets}
+    images = [(q, name) for q, names in left_alone.items() for name in names]
+    share = sum(name in relevant[q] for q, name in images) / len(images)
+    assert left_alone_relevance(mined, train) == pytest.approx(share)
+    assert read_mined_set(rounds["top_k"]).left_alone() == {}
+    assert left_alone_relevance(read_mined_set(rounds["top_k"]), train) is None
+
+
+def test_a_set_that_lists_nothing_masks_nothing(rounds: dict[str, str], tmp_path: Path) -> None:
+    """As of the version before, whose training made no use of its thresholds."""
+    before = tmp_path / "before"
+    shutil.copytree(rounds["target_drop"], before)
+    manifest = json.loads((before / "_manifest.json").read_text())
+    parts = [name for name in manifest["files"] if name.startswith("part-")]
+    for name in parts:
+        table = pq.read_table(before / name)
+        pq.write_table(table.drop_columns(["left_alone_ids"]), before / name)
+    storage.write_manifest(
+        str(before), MINED_KIND, manifest | {"schema_version": 5, "files": {}}, parts
+    )
+    old = read_mined_set(str(before))
+    assert old.left_alone() == old.thresholds() == {}
+    assert old.negatives().keys() == read_mined_set(rounds["target_drop"]).negatives().keys()
 
 
 def test_the_sets_differ(rounds: dict[str, str]) -> None:

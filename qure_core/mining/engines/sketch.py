@@ -29,11 +29,13 @@ from qure_core.mining.engines.keys import (
     pack_keys,
     sort_keys_,
 )
+from qure_core.mining.engines.ranked import LOOKED_AT
 from qure_core.mining.sampling import priorities
 from qure_core.model.relevance import refuse_bad_scores
 
 BUCKETS = 1024
 ENDS = 512
+assert ENDS > LOOKED_AT, "a rule may look at so many, the target among them"
 FIRST_KEY = torch.iinfo(torch.int64).min
 _SLAB = 32  # rows sorted at a time, to bound the temporary copies
 

@@ -40,6 +40,7 @@ from qure_core.mining.rules.steep_drops import (
 )
 from qure_core.mining.sampling import HIGHEST, priorities, threshold_for
 
+_NO_KEYS = np.empty(0, np.int64)
 LIST_AT_MOST = 65_536  # keys of one query that a request lists; more are cut finer first
 
 Chunks = Callable[[Sequence[int]], Iterable[tuple[int, Tensor]]]
@@ -267,14 +268,24 @@ class QueryRanking:
             curve=self.curve(marks),
         )
 
-    def curve(self, marks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Points of the curve from the target down, at ranks that the segments know."""
+    def curve(
+        self, marks: Sequence[int], top: np.ndarray = _NO_KEYS
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Points of the curve at ranks that the segments know, from the target down; and of the
+        ranking's best keys, ``top``, where they are given."""
         target_score = float(_scores(np.asarray([self.target_key]))[0])
         base = self.target_rank + 1
         ranks = np.concatenate(
-            [[self.target_rank], base + self.start_S, base + self.start_S + self.count_S - 1]
+            [
+                np.arange(len(top)),
+                [self.target_rank],
+                base + self.start_S,
+                base + self.start_S + self.count_S - 1,
+            ]
         )
-        scores = np.concatenate([[target_score], self.score_first_S, self.score_last_S])
+        scores = np.concatenate(
+            [_scores(top), [target_score], self.score_first_S, self.score_last_S]
+        )
         ranks, place = np.unique(ranks, return_index=True)
         nearest = np.searchsorted(ranks, curve_ranks(base + self.below, marks))
         chosen = np.unique(nearest[nearest < len(ranks)])
@@ -400,9 +411,6 @@ def answer(
     }
 
 
-_NO_KEYS = np.empty(0, np.int64)
-
-
 def _no_buckets(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     shape = max(count, 0)
     return (
@@ -496,7 +504,9 @@ def settle_ends(
     known = rankings(summary, anchors, image_words)
 
     def curve(query: int, marks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        return known[query].curve(marks)
+        target = int(ranked.target_rank_Q[query])
+        top = ranked.keys(query, slice(0, min(target, ranked.top_QR.shape[1])))
+        return known[query].curve(marks, top.numpy())
 
     selection = rule.select(ranked)
     yield from rows_of(ranked, selection, rule.statuses, anchors.word_Q, image_words, wanted, curve)

@@ -28,8 +28,9 @@ are too few to have one; the best of the corpus, because no image ranks below th
 
 
 class TargetDropOptions(BaseModel, extra="forbid"):
-    """candidates: K, the best-scored images looked at. among: those "below" the target, or
-    "anywhere". negatives: how many are kept of what is left, the best-scored; None for all."""
+    """candidates: K, the best-scored images looked at, fewer than 500. among: those "below" the
+    target, or "anywhere". negatives: how many are kept of what is left, the best-scored; None for
+    all."""
 
     candidates: int = Field(50, ge=4, lt=LOOKED_AT)
     among: Literal["below", "anywhere"] = "below"
@@ -100,7 +101,7 @@ class TargetDrop:
                     THRESHOLD: float(sorted_K[above - 1]) if above else None,
                     "height": float(sorted_K[above - 1] - sorted_K[above]) if above else None,
                     "left_alone": above,
-                    "likeness": sorted_K.tolist(),
+                    "likeness": sorted_K,
                 }
             )
             marks.append([int(members[query][0])])
