@@ -100,16 +100,8 @@ class EmbeddingShards:
 
     def some_images(self, image_ids: set[str]) -> dict[str, np.ndarray]:
         """Embeddings [T, D] of the named images, by id."""
-        found: dict[str, np.ndarray] = {}
-        for shard in range(self.shards):
-            ids, values = self.images(shard)
-            found |= {
-                image_id: np.array(values[row])
-                for row, image_id in enumerate(ids)
-                if image_id in image_ids
-            }
-        assert len(found) == len(image_ids), f"{len(image_ids) - len(found)} have no embedding"
-        return found
+        names = sorted(image_ids)
+        return dict(zip(names, self.rows(names), strict=True))
 
 
 def _place(ids: pa.Array, name: str) -> int:

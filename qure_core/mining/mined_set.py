@@ -74,39 +74,39 @@ class MinedSet:
         ids = self.table["query_id"].to_pylist()
         return dict(zip(ids, _lists(self.table["negative_ids"]), strict=True))
 
-    def left_alone(self) -> dict[str, np.ndarray]:
-        """Of a rule that looks for images that may fit, those that it found among each query's
-        candidates: {query id: array of image ids}, the likeliest first; else empty."""
+    @property
+    def leaves_alone(self) -> bool:
+        """Whether it lists images that may fit, as of a rule that looks for such."""
         column = self.table["left_alone_ids"]
-        if column.null_count == len(column):
+        return bool(column.null_count < len(column))
+
+    def left_alone(self) -> dict[str, np.ndarray]:
+        """Images that may fit, found among each query's candidates: {query id: array of image ids},
+        the likeliest first; empty unless it `leaves_alone` such."""
+        if not self.leaves_alone:
             return {}
-        return dict(zip(self.table["query_id"].to_pylist(), _lists(column), strict=True))
+        ids = self.table["query_id"].to_pylist()
+        return dict(zip(ids, _lists(self.table["left_alone_ids"]), strict=True))
 
     def weights(self) -> dict[str, np.ndarray]:
         """Weights of the negatives of those queries whose negatives are not equally likely."""
         column = self.table["negative_weights"].combine_chunks()
         if column.null_count == len(column):
             return {}
-        ids, values = self.table["query_id"].to_pylist(), column.to_pylist()
-        return {
-            query_id: np.asarray(own)
-            for query_id, own in zip(ids, values, strict=True)
-            if own is not None
-        }
+        return {name: np.asarray(own) for name, own in self._given(column).items()}
+
+    def _given(self, column: pa.ChunkedArray) -> dict[str, Any]:
+        """A column's values by query, without those that are not there."""
+        pairs = zip(self.table["query_id"].to_pylist(), column.to_pylist(), strict=True)
+        return {query_id: value for query_id, value in pairs if value is not None}
 
     def thresholds(self) -> dict[str, float]:
         """Of a rule that has such (`THRESHOLD`), the queries' likeness to the target from which an
         image may fit: {query id: likeness}, without those that have none."""
         kind = self.table.schema.field("details").type
-        if kind.get_field_index(THRESHOLD) < 0 or not self.left_alone():
+        if kind.get_field_index(THRESHOLD) < 0 or not self.leaves_alone:
             return {}  # a version that listed no such images made no use of it in training
-        ids = self.table["query_id"].to_pylist()
-        values = pc.struct_field(self.table["details"], THRESHOLD).to_pylist()
-        return {
-            query_id: value
-            for query_id, value in zip(ids, values, strict=True)
-            if value is not None
-        }
+        return self._given(pc.struct_field(self.table["details"], THRESHOLD))
 
     def rows(self, query_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The named queries' rows, without their lists of images: {query id: row}."""

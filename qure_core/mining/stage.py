@@ -252,10 +252,8 @@ def _blocks(
         memory_mb = mining.memory_mb // 2 if mining.veto else mining.memory_mb  # scores of both
         return make_blocks(triplets, corpora, memory_mb, mining.query_block)
     # A streaming task holds, per query, the scores of a chunk and a summary.
-    held = (
-        CHUNK_COLUMNS
-        + summary_bytes(mining_rule(settings), mining.max_negatives) // BYTES_PER_SCORE
-    )
+    summary = summary_bytes(mining_rule(settings), mining.max_negatives)
+    held = CHUNK_COLUMNS + summary // BYTES_PER_SCORE
     return make_blocks(triplets, corpora, mining.memory_mb, mining.query_block, held)
 
 

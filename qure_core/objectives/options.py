@@ -43,7 +43,7 @@ def negatives_in_batch(outputs: Outputs, options: InBatchOptions) -> Tensor:
     """Which answers are each triplet's negatives, [B, A]; never its target."""
     assert outputs.candidate_BA is not None, "an in-batch objective"
     negative_BA = outputs.candidate_BA.scatter(1, outputs.target_B[:, None], False)
-    if options.mask_likely and outputs.likely_BA is not None:
+    if outputs.likely_BA is not None:
         negative_BA = negative_BA & ~outputs.likely_BA
     if options.candidates == "all":
         return negative_BA

@@ -26,7 +26,7 @@ class Outputs:
         with the same query.
     likely_BA: of those, which may fit the query, being by the present weights as like its target as
         the images that the rule left alone; also the query's own negatives, once they are. None
-        without thresholds.
+        without thresholds, or where the objective's ``mask_likely`` is off.
     """
 
     query_BD: Tensor

@@ -152,7 +152,7 @@ def _round_row(manifest: dict[str, Any], mined: MinedSet, train: Split) -> list[
         f"{statistics['set_size']['median']:,.0f}",
         f"{statistics['margin_to_target']['median']:.4f}",
         "unknown" if relevant is None else f"{relevant:.2%}",
-        _rightly_left(found, bool(mined.left_alone())),
+        _rightly_left(found, mined.leaves_alone),
         f"{seconds['embed'] + seconds['score to write, wall']:.1f}",
     ]
 

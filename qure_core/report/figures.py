@@ -43,9 +43,13 @@ def _finish(figure: Figure) -> str:
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(width, height))
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    return figure, axes
 
 
 def _mark_minings(axes: Axes, minings: Sequence[int]) -> None:
@@ -74,8 +78,7 @@ def step_curves(epochs: list[dict[str, Any]], minings: Sequence[int]) -> str:
     ):
         part.plot(places, [row[name] for row in epochs], marker=".")
         part.set_ylabel(label)
-        part.spines[["top", "right"]].set_visible(False)
-        part.grid(alpha=0.25)
+        _plain(part)
         _mark_minings(part, minings)
     for part in axes[:-1]:
         part.set_xlabel("")
@@ -142,8 +145,7 @@ def draw_score_curve(row: dict[str, Any]) -> Figure:
         _draw_scores(both[0], row)
         _draw_likeness(both[1], row, likeness)
         for axes in both:
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
+            _plain(axes)
     return figure
 
 

@@ -153,23 +153,29 @@ def test_a_cut_that_ends_inside_equal_scores() -> None:
             assert ranking.key_at(position) == key
 
 
-@given(st.data())
-@settings(max_examples=150, deadline=None)
-def test_equals_the_sort(data: st.DataObject) -> None:
-    images = data.draw(st.integers(3, 120))
+def drawn(data: st.DataObject, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of up to ``most`` images, targets, and what is left out: a reference and known
+    positives; at least the target and one more are left."""
+    images = data.draw(st.integers(3, most))
     kind = data.draw(st.sampled_from([SCORES, DYADIC]))
     rows = data.draw(
         st.lists(st.lists(kind, min_size=images, max_size=images), min_size=1, max_size=3)
     )
-    scores = torch.tensor(rows, dtype=torch.float32)
     target = torch.tensor([data.draw(st.integers(0, images - 1)) for _ in rows])
-    # A reference and known positives; at least the target and one more are left.
     left_out = st.lists(st.integers(-1, images - 1), min_size=3, max_size=3)
     reference = torch.tensor([data.draw(left_out) for _ in rows])[:, : min(3, images - 2)]
+    return torch.tensor(rows, dtype=torch.float32), target, reference
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_equals_the_sort(data: st.DataObject) -> None:
+    scores, target, reference = drawn(data, 120)
+    images = scores.shape[1]
     rule, wanted = data.draw(RULES), data.draw(st.one_of(st.none(), st.integers(1, 20)))
-    words = names(len(rows), images)
+    words = names(*scores.shape)
     cuts = data.draw(st.lists(st.integers(1, images - 1), max_size=4))
-    low = torch.full((len(rows),), data.draw(st.sampled_from([-100.0, -1.0, 0.0, 0.9])))
+    low = torch.full((len(scores),), data.draw(st.sampled_from([-100.0, -1.0, 0.0, 0.9])))
     few = data.draw(st.sampled_from([4, 16, 1024]))
     with (
         patch.object(sketch, "BUCKETS", few),
@@ -184,15 +190,8 @@ def test_equals_the_sort(data: st.DataObject) -> None:
 @given(st.data())
 @settings(max_examples=100, deadline=None)
 def test_a_rule_of_the_ends_equals_the_sort(data: st.DataObject) -> None:
-    images = data.draw(st.integers(3, 60))
-    kind = data.draw(st.sampled_from([SCORES, DYADIC]))
-    rows = data.draw(
-        st.lists(st.lists(kind, min_size=images, max_size=images), min_size=1, max_size=3)
-    )
-    scores = torch.tensor(rows, dtype=torch.float32)
-    target = torch.tensor([data.draw(st.integers(0, images - 1)) for _ in rows])
-    left_out = st.lists(st.integers(-1, images - 1), min_size=3, max_size=3)
-    reference = torch.tensor([data.draw(left_out) for _ in rows])[:, : min(3, images - 2)]
+    scores, target, reference = drawn(data, 60)
+    images = scores.shape[1]
     options = {
         "candidates": data.draw(st.integers(4, 9)),
         "among": data.draw(st.sampled_from(["below", "anywhere"])),
@@ -200,7 +199,7 @@ def test_a_rule_of_the_ends_equals_the_sort(data: st.DataObject) -> None:
     }
     rule = TargetDrop.of(MiningSettings(rule="target_drop", options=options))
     wanted = data.draw(st.one_of(st.none(), st.integers(1, 4)))
-    words = names(len(rows), images)
+    words = names(*scores.shape)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     tokens = torch.randn(images, 2, 3, generator=generator)
     ranked = rank_queries(scores, target, reference, tokens.__getitem__)

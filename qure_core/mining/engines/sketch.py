@@ -3,9 +3,9 @@
 Per query the summary keeps, over a grid of buckets between the target's score and about the lowest,
 each bucket's count, first and last key; the keys nearest to the target and the farthest; the number
 of images above the target; where the rule looks at the top, the best keys of all; and, where sets
-are sampled, the keys whose priority is low. Summaries
-of different images merge by sum, minimum, maximum and union, so that any sharding and any order of
-merging give the same one. Nothing here is of size queries x images.
+are sampled, the keys whose priority is low. Summaries of different images merge by sum, minimum,
+maximum and union, so that any sharding and any order of merging give the same one. Nothing here is
+of size queries x images.
 
 Shapes: Q queries, C images of a chunk, B buckets, R keys kept at either end.
 """
