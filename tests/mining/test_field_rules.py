@@ -28,11 +28,20 @@ FEW = st.lists(st.sampled_from([-0.5, -0.1, 0.0, 0.2, 0.3, 0.5, 0.8]), min_size=
 
 def select(rule: str, scores: list[float], target: int, tokens: Any = None, **options: Any) -> Any:
     """A rule's selection for one query over images with these scores."""
+    return select_whole(rule, scores, target, tokens, **options)[:3]
+
+
+def select_whole(rule: str, scores: list[float], target: int, tokens: Any, **options: Any) -> Any:
+    """The same, with the images left alone."""
     made = rule_named(rule).of(MiningSettings(rule=rule, options=options))
     ranked = rank_queries(torch.tensor([scores]), torch.tensor([target]), image_tokens=tokens)
     selection: Selection = made.select(ranked)
     chosen = ranked.columns(0, selection.ranks(0)).tolist()
-    return made.statuses[int(selection.status_Q[0])], chosen, selection.details[0]
+    left_alone = None
+    if selection.left_alone is not None:
+        left_alone = ranked.columns(0, torch.from_numpy(selection.left_alone[0])).tolist()
+    status = made.statuses[int(selection.status_Q[0])]
+    return status, chosen, selection.details[0], left_alone
 
 
 def others(scores: list[float], target: int) -> list[int]:
@@ -147,7 +156,7 @@ def test_target_drop(seed: int, images: int, anywhere: bool, wanted: int | None)
     scores = torch.randn(images).tolist()
     target = int(torch.randint(images, ()))
     among = "anywhere" if anywhere else "below"
-    status, chosen, details = select(
+    status, chosen, details, left_alone = select_whole(
         "target_drop",
         scores,
         target,
@@ -163,6 +172,10 @@ def test_target_drop(seed: int, images: int, anywhere: bool, wanted: int | None)
         for i in candidates
     }
     assert chosen == plain_target_drop(candidates, likeness, wanted)
+    alike_first = sorted(candidates, key=lambda i: -likeness[i])
+    assert left_alone == alike_first[: details["left_alone"]]
+    whole = plain_target_drop(candidates, likeness, None)
+    assert set(left_alone) == set(candidates) - set(whole)
     if len(candidates) > 1:
         assert status == "drop"
         alike = sorted(likeness.values(), reverse=True)
