@@ -292,7 +292,9 @@ class Files:
 
 
 def safe_relative(path: str) -> str | None:
-    """``path`` as a clean relative path, or None if it would leave its root."""
+    """``path`` as a clean relative path, or None if it would leave its root or can be no file's."""
+    if "\0" in path or not is_text(path):
+        return None
     path = path.replace("\\", "/")
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or re.match("[A-Za-z]:", path):

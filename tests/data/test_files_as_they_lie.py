@@ -161,6 +161,9 @@ def test_links_to_folders(tmp_path: Path) -> None:
         ("C:\\a.png", None),
         ("\\\\host\\a.png", None),
         ("./dev/a.png", "dev/a.png"),
+        ("dev/a\0.png", None),
+        ("\0", None),
+        ("\ud800/a.png", None),
     ],
 )
 def test_backslashes_in_paths(path: str, clean: str | None) -> None:

@@ -219,6 +219,8 @@ FULL |= {"gt_img_ids": [2]}
 
 @settings(max_examples=300, deadline=None)
 @example(rows=[], near=[{}], whole={}, cut=0, layout="circo", split="train")  # no images at all
+@example(rows=[], near=[], whole="\0", cut=0, layout="cirr", split="train")
+@example(rows=[], near=[], whole="\ud800/a", cut=0, layout="cirr", split="train")
 @given(
     rows=ROWS,
     near=st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=2), max_size=3),
