@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS
+from model_goldens import NAMES, Golden, load_golden
 from torch import Tensor
 
-from qure_core.model import QuReModel, load_lavis_checkpoint
 from qure_core.model.lavis import convert_state
 from qure_core.model.relevance import relevance_scores
 from qure_core.objectives import Objective, Outputs, make_objective
 from qure_core.training.steps import TripletStep
-
-NAMES = ("model_tiny", "model_eva_tiny")
-
-
-@dataclass
-class Golden:
-    model: QuReModel
-    inputs: Any
-    outputs: Any
-    config: dict[str, Any]
-
-    def tensor(self, name: str) -> Tensor:
-        return torch.from_numpy(self.inputs[name])
-
-    def error(self, ours: Tensor, name: str) -> float:
-        """Largest difference over the largest golden value."""
-        golden = torch.from_numpy(np.asarray(self.outputs[name]))
-        assert ours.shape == golden.shape, (name, ours.shape, golden.shape)
-        return float((ours.detach() - golden).abs().max() / golden.abs().max())
-
-    def batch(self) -> dict[str, Tensor]:
-        size = len(self.tensor("ref"))
-        rows = torch.arange(size)
-        pixels = torch.cat([self.tensor(k) for k in ("ref", "tar", "neg")])
-        return {
-            "vision": self.model.encode_vision(pixels).detach(),
-            "reference_B": rows,
-            "answer_A": torch.arange(size, 3 * size),
-            "target_B": rows,
-            "negative_BK": rows[:, None] + size,
-            "valid_B": torch.ones(size, dtype=torch.bool),
-            "input_ids": self.tensor("input_ids"),
-            "attention_mask": self.tensor("attention_mask"),
-        }
-
 
 BRADLEY_TERRY = make_objective("bradley_terry", {})
 
@@ -78,13 +40,7 @@ def losses(golden: Golden) -> Tensor:
 
 @pytest.fixture(params=NAMES)
 def golden(request: pytest.FixtureRequest) -> Golden:
-    path = GOLDENS / f"{request.param}.pth"
-    return Golden(
-        load_lavis_checkpoint(path, vision_heads=4, qformer_heads=4).eval(),
-        np.load(GOLDENS / f"{request.param}_inputs.npz"),
-        np.load(GOLDENS / f"{request.param}_outputs.npz"),
-        json.loads((GOLDENS / f"{request.param}_config.json").read_text()),
-    )
+    return load_golden(request.param)
 
 
 def test_embeddings_and_scores(golden: Golden) -> None:
