@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.runtime.command import run_job
 from qure_core.runtime.settings import load_settings
@@ -53,13 +54,17 @@ def work(settings: Settings) -> None:
     warn(settings)
     # Here, because importing them takes seconds that a wrong setting should not cost.
     from qure_core.evaluation.protocols import of_format
+    from qure_core.job.control import CONTROL
     from qure_core.job.layout import committed
     from qure_core.job.run import run, summary_table
 
     summary = run(settings)
     if evaluations := committed(settings.run.dir, "evaluations"):
+        control = committed(storage.join(settings.run.dir, CONTROL), "evaluations")
         print(f"\nval, {of_format(settings.data.format).described} (percent)")
-        print(summary_table(evaluations))
+        print(summary_table([*evaluations, *control]))
+    if summary["mining"]:
+        print(f"\n{summary['mining']}")
     print(f"\nmining rounds: {summary['rounds']}")
     print(f"run directory: {settings.run.dir}")
     print(f"report:        {summary['report']}", flush=True)

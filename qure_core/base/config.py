@@ -216,6 +216,11 @@ class TrainSettings(_Section):
         description="evaluate every so many epochs, besides the start, the end of the warm-up "
         "and the end",
     )
+    control: bool = _free(
+        False,
+        description="at the end train the epochs after the warm-up once more, with random "
+        "negatives, and say what mining added",
+    )
     keep_checkpoints: int = _free(
         2, ge=1, description="newest epoch checkpoints kept, besides those of stage boundaries"
     )

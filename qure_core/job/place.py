@@ -37,6 +37,7 @@ NAMES = {
     "events.jsonl",
     "tensorboard",
     "tracking.json",
+    "control",
     "ray_train",
     "report",
     "summary.json",

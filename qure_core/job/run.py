@@ -8,6 +8,7 @@ goes on where the last one stopped:
     evaluations/    rankings and metrics            metrics.jsonl steps, epochs, rounds, evaluations
     events.jsonl    what happened, and when
     tensorboard/    the same as event files         report/       index.html
+    control/        the same epochs without mining (train.control)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qure_core.embeddings.feature_use import usable_store
 from qure_core.embeddings.stage import embed_splits
 from qure_core.evaluation.protocols import of_manifest
 from qure_core.evaluation.stage import evaluate_checkpoint, evaluation_job
+from qure_core.job.control import CONTROL, has_control, run_control, what_mining_added
 from qure_core.job.data import prepare_data, training_images, used_images
 from qure_core.job.layout import committed, evaluation_uri, round_uri
 from qure_core.job.metrics_log import read_metrics, write_metrics
@@ -60,7 +62,8 @@ def run(settings: Settings) -> dict[str, Any]:
         stages_in_process(settings.cluster),
     ):
         begin(settings)
-        check_places(run_dir)
+        for folder in (run_dir, storage.join(run_dir, CONTROL)):
+            check_places(folder)
         plan = plan_resources(settings.cluster)
         train, val, corpora = prepare_data(settings)
         if train_settings.captions == "random" and not all(t.captions for t in train.triplets):
@@ -129,11 +132,17 @@ def run(settings: Settings) -> dict[str, Any]:
             lines = read_metrics(run_dir)
             track(settings, write_metrics(run_dir, lines))
         run_lease.check()
-        remove_scratch(run_dir)
         measured, rounds = committed(run_dir, "evaluations"), committed(run_dir, "rounds")
-        report = build_report(settings, train, val, measured, rounds, lines)
+        control, added = [], None
+        if val and has_control(settings):
+            features = usable_store(settings, plan, start, training_images(train, corpora))
+            control = [run_control(settings, plan, val, features)]
+            added = what_mining_added(settings, measured[-1], control[0])
+        remove_scratch(run_dir)
+        report = build_report(settings, train, val, measured, rounds, lines, control)
         summary = {
-            "evaluations": {row["name"]: row["metrics"] for row in measured},
+            "evaluations": {row["name"]: row["metrics"] for row in [*measured, *control]},
+            "mining": added,
             "rounds": len(rounds),
             "report": report,
         }

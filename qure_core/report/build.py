@@ -43,11 +43,12 @@ def build_report(
     evaluations: Sequence[dict[str, Any]],
     rounds: Sequence[dict[str, Any]],
     lines: Sequence[dict[str, Any]],
+    control: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Write report/index.html, one file with everything inside; return its URI.
 
     ``evaluations`` and ``rounds`` are manifests with their "epoch" and "uri", by epoch; ``lines``
-    those of the run's metrics.
+    those of the run's metrics; ``control`` evaluations of training without mining.
     """
     run_dir = settings.run.dir
     protocol = of_format(settings.data.format)
@@ -75,7 +76,7 @@ def build_report(
         },
         protocol=protocol.described,
         columns=columns,
-        metrics=_metric_rows(evaluations, columns),
+        metrics=_metric_rows([*evaluations, *control], columns),
         categories=_category_rows(evaluations[-1]) if evaluations else {},
         curves=_curves(settings, lines, evaluations, minings),
         rounds=[_round_row(row, mined[row["epoch"]], train) for row in rounds],

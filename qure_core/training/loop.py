@@ -30,7 +30,7 @@ from qure_core.features.store import StoredFeatures
 from qure_core.mining.mined_set import read_mined_set
 from qure_core.model import ComposedModel, QuReProcessor, load_model
 from qure_core.model.base import check_finite
-from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch, prune_checkpoints
+from qure_core.model.checkpoint_files import prune_checkpoints
 from qure_core.model.checkpoints import load_optimizer, save_checkpoint
 from qure_core.objectives import make_objective
 from qure_core.runtime.progress import format_seconds
@@ -187,8 +187,8 @@ def train_epochs(segment: Segment, worker: Worker) -> None:
 
     tell = _Teller(worker.board, rank)
     tell("loading")
-    first = _agreed(latest_epoch(segment.run_dir, segment.stage), workers, device)
-    start = checkpoint_uri(segment.run_dir, segment.stage, first)
+    first = _agreed(segment.start(), workers, device)
+    start = segment.checkpoint(first)
     model, processor = load_model(start, dropout=settings.model.dropout)
     split = read_split(storage.join(segment.run_dir, "data", "train"))
     cluster = settings.cluster
@@ -278,11 +278,11 @@ def train_epochs(segment: Segment, worker: Worker) -> None:
         tell("saving a checkpoint", epoch + 1, len(steps) * (epoch + 1 - first), total)
         if rank == 0:
             _write_epoch(segment, epoch, sums, facts)
-            uri = checkpoint_uri(segment.run_dir, segment.stage, epoch + 1)
+            uri = segment.checkpoint(epoch + 1)
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             save_checkpoint(uri, model, processor, facts, state)
             prune_checkpoints(
-                segment.run_dir,
+                segment.folder,
                 segment.stage,
                 {0, *segment.keep},
                 settings.train.keep_checkpoints,
@@ -394,4 +394,4 @@ def _write_epoch(segment: Segment, epoch: int, sums: EpochSums, facts: dict[str,
     lines.append({"kind": "epoch", **facts})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     name = f"{segment.stage}-{epoch + 1:04d}.jsonl"
-    storage.write_bytes(storage.join(segment.run_dir, "metrics", name), text.encode())
+    storage.write_bytes(storage.join(segment.folder, "metrics", name), text.encode())
