@@ -185,6 +185,44 @@ def test_target_drop(seed: int, images: int, anywhere: bool, wanted: int | None)
         assert details["threshold"] is None
 
 
+def drop_of(tokens: torch.Tensor, scores: list[float], target: int, **options: Any) -> Any:
+    return select_whole("target_drop", scores, target, tokens.__getitem__, **options)
+
+
+def test_a_drop_of_identical_pictures_is_none() -> None:
+    one = torch.nn.functional.normalize(torch.randn(1, 3, 4), dim=-1)
+    scores = [0.5] * 5
+    status, chosen, details, left_alone = drop_of(one.expand(5, 3, 4), scores, 2, negatives=None)
+    assert (status, details["threshold"], left_alone) == ("below_target", None, [])
+    assert chosen == [3, 4]
+    status, chosen, _, left_alone = drop_of(one.expand(5, 3, 4), scores, 4, among="anywhere")
+    assert (status, chosen, left_alone) == ("corpus", [0, 1, 2, 3], [])
+
+
+def test_copies_of_the_target_are_left_alone() -> None:
+    torch.manual_seed(1)
+    tokens = torch.nn.functional.normalize(torch.randn(12, 3, 4), dim=-1)
+    tokens[[3, 7]] = tokens[5].clone()
+    scores = torch.linspace(1, 0, 12).tolist()  # a smooth curve
+    for among, left in (("anywhere", [3, 7]), ("below", [7])):
+        status, chosen, details, found = drop_of(tokens, scores, 5, among=among, negatives=None)
+        assert (status, found) == ("drop", left)
+        assert details["threshold"] == pytest.approx(1)
+        assert not set(chosen) & {3, 5, 7}
+
+
+@pytest.mark.parametrize("among", ["below", "anywhere"])
+@pytest.mark.parametrize("images", [2, 3, 5])
+def test_a_tiny_corpus_whose_target_ranks_last_has_negatives(images: int, among: str) -> None:
+    torch.manual_seed(2)
+    tokens = torch.nn.functional.normalize(torch.randn(images, 3, 4), dim=-1)
+    scores = torch.linspace(1, 0, images).tolist()
+    status, chosen, _, left_alone = drop_of(tokens, scores, images - 1, among=among)
+    assert sorted([*chosen, *left_alone]) == list(range(images - 1))
+    assert chosen
+    assert status == ("corpus" if images == 2 else "drop")
+
+
 @pytest.mark.parametrize(
     ("rule", "options", "message"),
     [

@@ -23,8 +23,8 @@ from qure_core.mining.rules.rule import IMAGE_TOKENS, THRESHOLD, Selection
 
 DROP, BELOW_TARGET, CORPUS = 0, 1, 2
 STATUSES = ("drop", "below_target", "corpus")
-"""How a query's negatives were found: below a drop of likeness; the best below the target, which
-are too few to have one; the best of the corpus, because no image ranks below the target."""
+"""How a query's negatives were found: below a drop of likeness; all candidates, which are too few
+or too alike to have one, with images below the target, or with none."""
 
 
 class TargetDropOptions(BaseModel, extra="forbid"):
@@ -128,6 +128,6 @@ class TargetDrop:
 
 def _above_the_drop(sorted_K: np.ndarray) -> int:
     """How many candidates lie above the steepest drop of their sorted likeness, which is looked for
-    among the first K/2 gaps; 0 where there are too few to have one."""
+    among the first K/2 gaps; 0 where there are too few to have one, or all are as like."""
     gaps = -np.diff(sorted_K)[: len(sorted_K) // 2]
-    return int(gaps.argmax()) + 1 if len(gaps) else 0
+    return int(gaps.argmax()) + 1 if gaps.any() else 0
