@@ -192,8 +192,9 @@ def _line(
 
 
 def _places(settings: dict[str, Any]) -> dict[str, Any]:
-    """Features are made once and shared; small work needs no workers of its own."""
-    places: dict[str, Any] = {}
+    """Features are made once and shared; small work needs no workers of its own; what mining added
+    is for other lines to say."""
+    places: dict[str, Any] = {"train.control": False}
     if settings["features"] == "auto":
         places["features"] = "build"
     alone = settings["cluster.train_workers"] == settings["cluster.embed_actors"] == 1

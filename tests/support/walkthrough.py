@@ -227,6 +227,7 @@ def walk(home: Path) -> list[str]:
     quick = ["--pretrain.epochs=1", "--train.epochs=2", "--train.warmup_epochs=1"]
     quick += ["--train.mining_definitions=2", "--cluster.gpus=none", "--report.examples=2"]
     run, options = "--run.dir=runs/a", [*config, *quick]
+    here = "--cluster.in_process=true"  # one whole run with workers is enough
     checkpoint = "--checkpoint=runs/a/checkpoints/train-0002"
 
     print("own data from end to end")
@@ -265,7 +266,7 @@ def walk(home: Path) -> list[str]:
     w.step(
         "no val split",
         *(0, "train", *options, without, "--run.dir=runs/noval", "--train.negatives=random"),
-        *("--pretrain.epochs=0", "--train.epochs=1", "--train.mining_definitions=1"),
+        *("--pretrain.epochs=0", "--train.epochs=1", "--train.mining_definitions=1", here),
         says=("there is no val split: evaluations and their figures are skipped", "report:"),
     )
 
@@ -303,7 +304,7 @@ def walk(home: Path) -> list[str]:
     w.check("nothing was made of it", not (home / "from-nan/_manifest.json").exists())
     w.step("an infinite rate", *(2, "train", *config, "--train.lr=1e400"), says=("train.lr",))
     astray = ["train", *options, "--run.dir=runs/e", "--pretrain.epochs=0", "--train.lr=1e30"]
-    w.step("a rate that leads astray", 2, *astray, says=("; lower train.lr",), long=True)
+    w.step("a rate that leads astray", 2, *astray, here, says=("; lower train.lr",), long=True)
     w.step(
         "a warm-up that takes it all",
         *(2, "train", *config, "--train.warmup_epochs=6", "--data.root=nowhere"),
