@@ -263,7 +263,7 @@ def train_epochs(segment: Segment, worker: Worker) -> None:
         speed, measured = meter.line(), meter.facts()  # before the checkpoint is written
         check_weights(model, segment.stage, epoch)
         facts: dict[str, Any] = {
-            "stage": segment.stage,
+            "stage": segment.name,
             "epoch": epoch + 1,
             **epoch_figures(sums),
             "lr": rate,
@@ -287,7 +287,7 @@ def train_epochs(segment: Segment, worker: Worker) -> None:
                 {0, *segment.keep},
                 settings.train.keep_checkpoints,
             )
-            line = f"[{segment.stage}] epoch {epoch + 1}/{task.epochs}: {told(facts)}, {speed}"
+            line = f"[{segment.name}] epoch {epoch + 1}/{task.epochs}: {told(facts)}, {speed}"
             print(line, flush=True)
             tell.epoch(facts)
         if worker.report is not None:
@@ -330,7 +330,7 @@ def _print_progress(
     elapsed = time.monotonic() - meter.started
     left = elapsed / done * (steps - done + steps * (segment.last_epoch - epoch - 1))
     print(
-        f"[{segment.stage}] epoch {epoch + 1}/{task.epochs}, step {done}/{steps}, "
+        f"[{segment.name}] epoch {epoch + 1}/{task.epochs}, step {done}/{steps}, "
         f"{meter.line()}, {format_seconds(left)} left to epoch {segment.last_epoch}",
         flush=True,
     )

@@ -31,6 +31,11 @@ class Segment:
     branch_epoch: int | None = None
 
     @property
+    def name(self) -> str:
+        """What it is called before people."""
+        return self.branch or self.stage
+
+    @property
     def folder(self) -> str:
         """Where its checkpoints and metrics are."""
         return storage.join(self.run_dir, self.branch) if self.branch else self.run_dir

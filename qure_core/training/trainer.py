@@ -73,7 +73,7 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
     monitor = current()
     if monitor:
         # The workers know how many steps there are; the board brings it.
-        monitor.begin(f"{segment.stage} to epoch {segment.last_epoch}", 0, "steps")
+        monitor.begin(f"{segment.name} to epoch {segment.last_epoch}", 0, "steps")
     trainer = TorchTrainer(
         _worker,
         train_loop_config={

@@ -40,7 +40,8 @@ def written(folder: Path, **changes: Any) -> str:
 
 
 def test_lines_share_their_seeds_start(tmp_path: Path) -> None:
-    lines = plan_lines(read_grid(written(tmp_path)), Settings(), f"{tmp_path}/out")
+    config = Settings(train={"control": True})
+    lines = plan_lines(read_grid(written(tmp_path)), config, f"{tmp_path}/out")
     assert [line.label for line in lines[:3]] == [
         "QuRe (seed 3)",
         "QuRe (seed 4)",
@@ -65,6 +66,8 @@ def test_lines_share_their_seeds_start(tmp_path: Path) -> None:
         assert (own.train.warmup_epochs, own.train.epochs, own.train.eval_every) == (0, 2, 1)
         assert own.features == begun.features == "build"
         assert own.cluster.in_process
+        assert not own.train.control
+        assert not begun.train.control
     assert lines[4].settings.mining.options == {"negatives": 5}
     assert lines[4].settings.run.dir == f"{tmp_path}/out/lines/best-below/seed-3"
 
