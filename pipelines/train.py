@@ -60,7 +60,8 @@ def work(settings: Settings) -> None:
 
     summary = run(settings)
     if evaluations := committed(settings.run.dir, "evaluations"):
-        control = committed(storage.join(settings.run.dir, CONTROL), "evaluations")
+        told = summary["mining"]
+        control = committed(storage.join(settings.run.dir, CONTROL), "evaluations") if told else []
         print(f"\nval, {of_format(settings.data.format).described} (percent)")
         print(summary_table([*evaluations, *control]))
     if summary["mining"]:

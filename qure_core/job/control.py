@@ -38,6 +38,7 @@ def run_control(settings: Settings, plan: Plan, val: Split, features: str | None
     run_dir, train = settings.run.dir, settings.train
     folder = storage.join(run_dir, CONTROL)
     evaluation = evaluation_uri(folder, train.epochs)
+    checkpoint = checkpoint_uri(folder, "train", train.epochs)
     segment = Segment(
         stage="train",
         run_dir=run_dir,
@@ -48,9 +49,8 @@ def run_control(settings: Settings, plan: Plan, val: Split, features: str | None
         branch=CONTROL,
         branch_epoch=mining_epochs(train)[0],
     )
-    if not storage.is_committed(evaluation):
+    if not storage.is_committed(checkpoint):
         run_segment(segment, settings.cluster, plan)
-    checkpoint = checkpoint_uri(folder, "train", train.epochs)
     return evaluate_checkpoint(settings, plan, checkpoint, val, evaluation, NAME) | {
         "epoch": train.epochs,
         "uri": evaluation,

@@ -33,6 +33,8 @@ from qure_core.runtime.settings import refused, resolve_places
 
 # What a warm-up must share with the lines that go on from it.
 _SHARED = ("model.", "pretrain.", "data.")
+# What says nothing of a warm-up, which mines nothing.
+_OF_MINING = ("mining.rule", "mining.options", "mining.window_", "mining.min_", "mining.max_")
 # What a line takes from the warm-up's weights.
 _IN_WEIGHTS: dict[str, Any] = {"model.vision": None, "model.vision_size": None, "model.text": None}
 _IN_WEIGHTS |= {"model.tokenizer": None, "model.query_encoder": None, "model.encoder_options": {}}
@@ -175,7 +177,11 @@ def _line(
     start |= {"run.seed": seed, "report.examples": 0} | _places(start)
     # Told apart by what changes its result: a later version's settings must not move it.
     free, default = free_settings(), flatten_but_options(Settings().resolved())
-    known = {k: v for k, v in start.items() if k not in free and default.get(k) != v}
+    known = {
+        key: value
+        for key, value in start.items()
+        if key not in free and default.get(key) != value and not key.startswith(_OF_MINING)
+    }
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     start["run.dir"] = storage.join(output, "starts", f"{digest.hexdigest()[:12]}-{seed}")
     warmed = Start(

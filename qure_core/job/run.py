@@ -131,22 +131,29 @@ def run(settings: Settings) -> dict[str, Any]:
                 run_segment(segment, settings.cluster, plan)
             lines = read_metrics(run_dir)
             track(settings, write_metrics(run_dir, lines))
-        run_lease.check()
         measured, rounds = committed(run_dir, "evaluations"), committed(run_dir, "rounds")
-        control, added = [], None
-        if val and has_control(settings):
-            features = usable_store(settings, plan, start, training_images(train, corpora))
-            control = [run_control(settings, plan, val, features)]
-            added = what_mining_added(settings, measured[-1], control[0])
+        run_lease.check()
         remove_scratch(run_dir)
-        report = build_report(settings, train, val, measured, rounds, lines, control)
-        summary = {
-            "evaluations": {row["name"]: row["metrics"] for row in [*measured, *control]},
-            "mining": added,
-            "rounds": len(rounds),
-            "report": report,
-        }
-        storage.write_json(storage.join(run_dir, "summary.json"), summary)
+
+        def finish(control: list[dict[str, Any]]) -> dict[str, Any]:
+            added = [what_mining_added(settings, measured[-1], row) for row in control]
+            summary = {
+                "evaluations": {row["name"]: row["metrics"] for row in [*measured, *control]},
+                "mining": "".join(added),
+                "rounds": len(rounds),
+                "report": build_report(settings, train, val, measured, rounds, lines, control),
+            }
+            storage.write_json(storage.join(run_dir, "summary.json"), summary)
+            return summary
+
+        summary = finish([])
+        if val and has_control(settings):
+            # After all else: whatever becomes of it, the run is whole.
+            features = usable_store(settings, plan, start, training_images(train, corpora))
+            control = run_control(settings, plan, val, features)
+            run_lease.check()
+            remove_scratch(run_dir)
+            summary = finish([control])
         return summary
 
 

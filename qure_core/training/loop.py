@@ -259,9 +259,9 @@ def train_epochs(segment: Segment, worker: Worker) -> None:
         try:
             sums = optimisation.epoch(steps, seed_of, meter, progress, settings.train.log_every)
         except NotFinite as fault:
-            raise not_finite(fault, segment.stage, epoch) from None
+            raise not_finite(fault, segment.name, epoch) from None
         speed, measured = meter.line(), meter.facts()  # before the checkpoint is written
-        check_weights(model, segment.stage, epoch)
+        check_weights(model, segment.name, epoch)
         facts: dict[str, Any] = {
             "stage": segment.name,
             "epoch": epoch + 1,
@@ -361,6 +361,8 @@ def told(facts: dict[str, Any]) -> str:
 
 
 def _remedy(stage: str) -> str:
+    if stage not in ("pretrain", "train"):
+        return f"the run itself is done: leave this out with train.{stage} false"
     return f"lower {stage}.lr, or use train.precision fp32 or bf16"
 
 
@@ -385,7 +387,7 @@ def check_weights(model: ComposedModel, stage: str, epoch: int) -> None:
 def _write_epoch(segment: Segment, epoch: int, sums: EpochSums, facts: dict[str, Any]) -> None:
     """The epoch's lines of metrics, written before its checkpoint commits the epoch."""
     lines: list[dict[str, Any]] = [
-        {"kind": "step", "stage": segment.stage, "epoch": epoch, "step": step}
+        {"kind": "step", "stage": segment.name, "epoch": epoch, "step": step}
         | {"loss": loss / count, "gradient_norm": norm if math.isfinite(norm) else None}
         for step, (loss, count, norm) in enumerate(
             zip(sums.losses, sums.counts, sums.norms, strict=True)

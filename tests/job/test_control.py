@@ -63,18 +63,16 @@ def test_the_control_is_the_run_with_random_negatives(
     again = run_pipeline("train", *arguments)
     assert again.returncode == 0, again.stdout + again.stderr
     assert digest(control) == before
+    note = control / "checkpoints/train-0003/notes.txt"
+    shutil.rmtree(control)
+    note.parent.mkdir(parents=True)
+    note.write_text("mine")
+    refused = run_pipeline("train", *arguments)
+    assert refused.returncode == 2
+    assert "notes.txt" in refused.stderr
+    assert note.read_text() == "mine"
     late = run_pipeline(
         "train", *job(world, plain, *OURS, "--train.negatives=random", "--train.control=true")
     )
     assert late.returncode == 0
     assert not (plain / "control").exists()
-
-
-def test_files_of_others_stay(world: Path, run_pipeline: Runner, tmp_path: Path) -> None:
-    note = tmp_path / "run/control/checkpoints/train-0003/notes.txt"
-    note.parent.mkdir(parents=True)
-    note.write_text("mine")
-    refused = run_pipeline("train", *job(world, tmp_path / "run", *OURS, "--train.control=true"))
-    assert refused.returncode != 0
-    assert "control" in refused.stderr
-    assert note.read_text() == "mine"

@@ -199,6 +199,15 @@ def test_a_drop_of_identical_pictures_is_none() -> None:
     assert (status, chosen, left_alone) == ("corpus", [0, 1, 2, 3], [])
 
 
+def test_copies_that_fill_half_of_the_candidates_are_left_alone() -> None:
+    torch.manual_seed(3)
+    tokens = torch.nn.functional.normalize(torch.randn(8, 3, 4), dim=-1)
+    tokens[:6] = tokens[7].clone()
+    scores = torch.linspace(1, 0, 8).tolist()
+    status, chosen, _, left = drop_of(tokens, scores, 7, among="anywhere", negatives=None)
+    assert (status, chosen, left) == ("drop", [6], [0, 1, 2, 3, 4, 5])
+
+
 def test_copies_of_the_target_are_left_alone() -> None:
     torch.manual_seed(1)
     tokens = torch.nn.functional.normalize(torch.randn(12, 3, 4), dim=-1)

@@ -46,7 +46,7 @@ class TargetDrop:
     """
 
     name: ClassVar[str] = "target_drop"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # since then copies that fill half of the candidates are left alone
     statuses: ClassVar[tuple[str, ...]] = STATUSES
     found: ClassVar[str] = "below a drop of likeness"
     details: ClassVar[Mapping[str, Any]] = {
@@ -128,6 +128,8 @@ class TargetDrop:
 
 def _above_the_drop(sorted_K: np.ndarray) -> int:
     """How many candidates lie above the steepest drop of their sorted likeness, which is looked for
-    among the first K/2 gaps; 0 where there are too few to have one, or all are as like."""
-    gaps = -np.diff(sorted_K)[: len(sorted_K) // 2]
-    return int(gaps.argmax()) + 1 if gaps.any() else 0
+    among the first K/2 gaps, or, where those are all as like, among all; 0 if there is none."""
+    gaps = -np.diff(sorted_K)
+    half = gaps[: len(sorted_K) // 2]
+    chosen = half if half.any() else gaps
+    return int(chosen.argmax()) + 1 if chosen.any() else 0
