@@ -22,19 +22,6 @@ from qure_core.runtime.command import run_job, run_main
 from qure_core.runtime.settings import load_settings
 
 
-def newest_checkpoint(settings: Settings) -> str:
-    """The newest checkpoint of the run."""
-    from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch
-
-    epoch = latest_epoch(settings.run.dir, "train")
-    if epoch is None:
-        raise InputError(
-            f"run.dir: {settings.run.dir} has no training checkpoint; give --checkpoint, or the "
-            "directory of a run that has begun to train"
-        )
-    return checkpoint_uri(settings.run.dir, "train", epoch)
-
-
 def read() -> tuple[Settings, argparse.Namespace]:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
@@ -63,15 +50,14 @@ def mine(arguments: tuple[Settings, argparse.Namespace]) -> None:
         mine_round,
         round_facts,
     )
-    from qure_core.model.checkpoint_files import CHECKPOINT_KIND
+    from qure_core.model.checkpoint_files import CHECKPOINT_KIND, newest_checkpoint
     from qure_core.runtime.monitor import monitored
     from qure_core.runtime.resources import connect, plan_resources
 
     settings, chosen = arguments
     check_mining(settings)
-    checkpoint = (
-        storage.resolve(chosen.checkpoint) if chosen.checkpoint else newest_checkpoint(settings)
-    )
+    given = chosen.checkpoint
+    checkpoint = storage.resolve(given) if given else newest_checkpoint(settings.run.dir)
     epoch = int(storage.read_manifest(checkpoint, CHECKPOINT_KIND)["epoch"])
     if chosen.output:
         output = storage.resolve(chosen.output).rstrip("/")

@@ -11,7 +11,14 @@ from conftest import ROOT
 
 LEVELS = [
     *({"base"}, {"storage"}, {"runtime"}, {"data"}, {"model"}, {"objectives"}, {"features"}),
-    *({"embeddings"}, {"ranking"}, {"mining"}, {"training", "evaluation"}, {"report"}, {"job"}),
+    *(
+        {"embeddings"},
+        {"ranking"},
+        {"mining"},
+        {"training", "evaluation", "search"},
+        {"report"},
+        {"job"},
+    ),
 ]
 """From the bottom up: a room imports those below it, and itself."""
 PURE = [

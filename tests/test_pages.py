@@ -102,7 +102,7 @@ def test_commands_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("QURE_HOME", str(tmp_path))
     places = {
         "CONFIG": "configs/jsonl.yaml",
-        **{name: str(tmp_path / name) for name in ("DATA", "DIR", "OUT", "RUN", "ROUND")},
+        **{name: str(tmp_path / name) for name in ("DATA", "DIR", "OUT", "RUN", "ROUND", "INDEX")},
         **{"QUERY_ID": "q1", "BUCKET": "bucket"},
     }
     seen: dict[str, int] = {}
@@ -111,9 +111,10 @@ def test_commands_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             re.sub(r"\b[A-Z_]{3,}\b", lambda m: places.get(m[0], m[0]), word) for word in arguments
         ]
         module = script(path)
-        if words[:1] in (["inspect"], ["export"]):
+        if words[:1] in (["inspect"], ["export"], ["remove"], ["compact"]):
             monkeypatch.setattr(sys, "argv", [path, *words])
-            with pytest.raises(InputError, match=r"so this is not a finished (mined set|dataset)"):
+            kinds = r"so this is not a finished (mined set|dataset|search index)"
+            with pytest.raises(InputError, match=kinds):
                 getattr(module, words[0])()
         else:
             words = [word.replace("/home/ray/qure/", "") for word in words]

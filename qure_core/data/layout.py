@@ -217,6 +217,11 @@ class Images(Names):
         first = bisect_left(names, start)
         return list(takewhile(lambda name: name.startswith(start), islice(names, first, None)))
 
+    def categories(self) -> dict[str, str]:
+        """The category of each image that has one: the folder that it is in."""
+        folders = {name: name.rpartition("/")[0] for name in self._uri_of}
+        return {name: folder for name, folder in folders.items() if folder}
+
     def missing(self, name: str) -> str:
         """What to say of an image that is not there: also the name that may have been meant."""
         text = f"image {name!r} is missing in {self.uri}"

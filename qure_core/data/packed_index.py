@@ -47,6 +47,12 @@ class PackedImages(Images):
         chosen = self._ids.filter(pc.equal(self._categories, category)).to_pylist()
         return chosen or super().of_category(category)
 
+    def categories(self) -> dict[str, str]:
+        """By the column of the shards, where it says one, else as of a folder."""
+        pairs = zip(self._ids.to_pylist(), self._categories.to_pylist(), strict=True)
+        said = {name: category for name, category in pairs if category}
+        return said or super().categories()
+
 
 def image_source(uri: str, index_dir: str, setting: str) -> Images:
     """The images at ``uri``: a folder of image files, or shards (a folder of them, or one)."""

@@ -6,6 +6,7 @@ import re
 
 from qure_core import storage
 from qure_core.base.config import Pixels
+from qure_core.base.errors import InputError
 
 CHECKPOINT_KIND = storage.Kind(
     "checkpoint",
@@ -51,6 +52,17 @@ def committed_epochs(run_dir: str, stage: str) -> list[int]:
 def latest_epoch(run_dir: str, stage: str) -> int | None:
     """The newest committed epoch of ``stage``, or None."""
     return max(committed_epochs(run_dir, stage), default=None)
+
+
+def newest_checkpoint(run_dir: str) -> str:
+    """The newest checkpoint of a run's fine-tuning; `InputError` if there is none."""
+    epoch = latest_epoch(run_dir, "train")
+    if epoch is None:
+        raise InputError(
+            f"run.dir: {run_dir} has no training checkpoint; give --checkpoint, or the directory "
+            "of a run that has begun to train"
+        )
+    return checkpoint_uri(run_dir, "train", epoch)
 
 
 def prune_checkpoints(run_dir: str, stage: str, keep: set[int], newest: int) -> None:

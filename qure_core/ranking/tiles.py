@@ -83,17 +83,21 @@ def _read_only(values: np.ndarray) -> Tensor:
 class Scorer:
     """Scores tiles of `QUERY_TILE` queries on one device, in one precision.
 
-    ``dtype`` is that of the products and of the maximum over tokens; scores are float32.
+    ``dtype`` is that of the products and of the maximum over tokens; scores are float32. ``tile``
+    is how many queries are scored at once, where that is another number: few are asked at a time.
     """
 
-    def __init__(self, query_QD: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, query_QD: Tensor, dtype: torch.dtype = torch.float32, tile: int = QUERY_TILE
+    ) -> None:
         self.device = granted_device()
         self.dtype = dtype
         self.queries = len(query_QD)
-        whole = torch.zeros(-(-self.queries // QUERY_TILE) * QUERY_TILE, query_QD.shape[1])
+        self.tile = tile
+        whole = torch.zeros(-(-self.queries // tile) * tile, query_QD.shape[1])
         whole[: self.queries] = query_QD
         # Every tile is whole, of images too: products of one shape give the same bits anywhere.
-        self.tiles = whole.to(self.device, dtype).split(QUERY_TILE)
+        self.tiles = whole.to(self.device, dtype).split(tile)
 
     def __call__(self, image_MTD: Tensor, out_QM: Tensor) -> None:
         """Relevance of a tile of images to every query, no temperature, into ``out_QM``."""
@@ -103,8 +107,8 @@ class Scorer:
             image_MTD = torch.nn.functional.pad(image_MTD, (0, 0, 0, 0, 0, IMAGE_TILE - filled))
         for number, tile_QD in enumerate(self.tiles):
             scores_QM = relevance_scores(tile_QD, image_MTD)
-            first = number * QUERY_TILE
-            rows = out_QM[first : first + QUERY_TILE]
+            first = number * self.tile
+            rows = out_QM[first : first + self.tile]
             rows.copy_(scores_QM[: len(rows), :filled])
 
 

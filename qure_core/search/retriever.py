@@ -1,0 +1,154 @@
+"""Asking an index: from an image and a few words to a ranked list."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qure_core import storage
+from qure_core.base.errors import InputError
+from qure_core.data.images import read_image_bytes
+from qure_core.embeddings.encoder import Encoder, Picture
+from qure_core.model.checkpoint_files import checkpoint_digest
+from qure_core.search.index import Index
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An image of the index that was found; ``rank`` counts from 1, the best."""
+
+    rank: int
+    image_id: str
+    score: float
+    uri: str
+    category: str | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A reference image (a path, a URI, a picture, or the id of an image of the index) with a
+    modification text; either may be left out.
+
+    category: look among its images alone. exclude: ids that are not to be found. The reference, and
+    what has the same bytes, is never found, unless it is given as a picture.
+    """
+
+    image: Picture | None = None
+    text: str | None = None
+    category: str | None = None
+    exclude: tuple[str, ...] = ()
+
+
+class Retriever:
+    """An index, and the encoder of the checkpoint that it was made with."""
+
+    def __init__(self, index: Index, encoder: Encoder) -> None:
+        self.index, self.encoder = index, encoder
+
+    @classmethod
+    def open(
+        cls,
+        index: str | PathLike[str],
+        checkpoint: str | PathLike[str] | None = None,
+        device: str | None = None,
+    ) -> Retriever:
+        """The index at a path or URI. ``checkpoint`` says where the one it was made with is now.
+
+        Raises `InputError` if either is not there, is damaged, or is of another checkpoint.
+        """
+        opened = Index.open(fspath(index))
+        source = storage.resolve(fspath(checkpoint or opened.manifest["checkpoint"]))
+        if not storage.is_committed(source):
+            raise InputError(
+                f"{source}: the checkpoint that the index {opened.uri} was made with is not there; "
+                "say with --checkpoint where it is now"
+            )
+        if checkpoint_digest(source) != opened.manifest["checkpoint_digest"]:
+            raise InputError(
+                f"{source}: other weights than those that the index {opened.uri} was made with; "
+                "build the index again with this checkpoint, or give its own"
+            )
+        precision = opened.manifest["vision_precision"]
+        return cls(opened, Encoder.load(source, device, precision=precision))
+
+    def ask(
+        self,
+        image: Picture | None = None,
+        text: str | None = None,
+        top: int = 20,
+        category: str | None = None,
+        exclude: Collection[str] = (),
+    ) -> list[Answer]:
+        """The ``top`` images that fit best: a reference image changed as the text says, or what
+        one of both alone is like."""
+        return self.ask_all([Question(image, text, category, tuple(exclude))], top)[0]
+
+    def ask_all(self, questions: Sequence[Question], top: int = 20) -> list[list[Answer]]:
+        """Answers of every question; raises `InputError` naming the one that cannot be asked."""
+        if top < 1:
+            raise InputError(f"top: {top} is less than 1")
+        excluded = [self._excluded(question) for question in questions]
+        query_QD = torch.cat([self.embed(question) for question in questions])
+        answers: list[list[Answer]] = [[] for _ in questions]
+        for category in dict.fromkeys(question.category for question in questions):
+            rows = [i for i, question in enumerate(questions) if question.category == category]
+            allowed = None if category is None else self.index.of_category(category)
+            found = self.index.search(query_QD[rows], top, [excluded[i] for i in rows], allowed)
+            for row, places, scores in zip(rows, found.place_QK, found.score_QK, strict=True):
+                answers[row] = [
+                    self._answer(rank, int(place), float(score))
+                    for rank, (place, score) in enumerate(zip(places, scores, strict=True), 1)
+                    if place >= 0
+                ]
+        return answers
+
+    def embed(self, question: Question) -> Tensor:
+        """A question's embedding [1, D]."""
+        text = (question.text or "").strip()
+        if question.image is None:
+            if not text:
+                raise InputError("ask with an image, a text, or both")
+            return self.encoder.encode_queries(texts=[text], show_progress=False)
+        return self.encoder.encode_queries(
+            [self.source(question.image)], [text], show_progress=False
+        )
+
+    def source(self, image: Picture) -> Picture:
+        """Where a reference image is: of an id of the index its URI, else itself, resolved."""
+        if isinstance(image, Image.Image):
+            return image
+        place = self._place(image)
+        return (
+            storage.resolve(fspath(image)) if place is None else str(self.index.row(place)["uri"])
+        )
+
+    def _place(self, image: Picture | None) -> int | None:
+        """Where an image given by its id is; None for any other."""
+        if isinstance(image, str) and self.index.holds(image):
+            return self.index.places([image])[0]
+        return None
+
+    def _excluded(self, question: Question) -> list[int]:
+        places = self.index.places(question.exclude)
+        image = question.image
+        if (place := self._place(image)) is not None:
+            return places + self.index.same_content(self.index.row(place)["sha256"])
+        if image is not None and not isinstance(image, Image.Image):
+            uri = storage.resolve(fspath(image))
+            if not storage.is_file(uri):
+                raise InputError(
+                    f"image: {fspath(image)} is neither the id of an image of the index nor a file"
+                )
+            data = read_image_bytes(uri, self.encoder.max_pixels)
+            places += self.index.same_content(hashlib.sha256(data).hexdigest())
+        return places
+
+    def _answer(self, rank: int, place: int, score: float) -> Answer:
+        row = self.index.row(place)
+        return Answer(rank, row["image_id"], score, row["uri"], row["category"])
