@@ -124,8 +124,9 @@ def main() -> None:
             print(f"{answer.rank:>4}  {answer.score:>7.4f}  {answer.image_id}")
     if chosen.html:
         image = chosen.image and str(retriever.source(chosen.image))
-        pixels = retriever.index.manifest["pixels"]
-        page = answers_page(image, chosen.text, answers, DataSettings(pixels=pixels))
+        made = retriever.index.manifest
+        data = DataSettings(pixels=made["pixels"], max_image_pixels=made["max_image_pixels"])
+        page = answers_page(image, chosen.text, answers, data)
         storage.write_bytes(storage.resolve(chosen.html), page.encode())
         print(f"page: {storage.resolve(chosen.html)}", file=sys.stderr)
 

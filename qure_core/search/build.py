@@ -31,6 +31,10 @@ from qure_core.storage.kinds import PLAN
 from qure_core.storage.parquet import parquet_bytes, read_committed_parquet
 
 _LIST, _SEGMENT = re.compile(r"images-[0-9a-f]{16}\.parquet"), re.compile(r"segment-[0-9a-f]{16}")
+_MADE_WITH = (
+    *("checkpoint", "checkpoint_digest", "pixels", "vision_precision", "stored"),
+    "max_image_pixels",
+)
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
@@ -134,9 +138,8 @@ def build_index(
         embed_splits(checkpoint, [job], settings, plan)
         rows |= {name: row | {"segment": segment} for name, row in new.items()}
     check()
-    return _commit_version(
-        output, facts | {"checkpoint": checkpoint}, rows, time.monotonic() - started, len(new)
-    )
+    made = {"checkpoint": checkpoint, "max_image_pixels": settings.data.max_image_pixels}
+    return _commit_version(output, facts | made, rows, time.monotonic() - started, len(new))
 
 
 def without_images(
@@ -154,8 +157,7 @@ def without_images(
     left = {name: row for name, row in rows.items() if name not in set(image_ids)}
     if not left:
         raise InputError(f"{output}: nothing would be left; remove the directory instead")
-    names = ("checkpoint", "checkpoint_digest", "pixels", "vision_precision", "stored")
-    facts = {name: manifest[name] for name in names}
+    facts = {name: manifest[name] for name in _MADE_WITH}
     check()
     return _commit_version(output, facts, left, time.monotonic() - started, 0)
 

@@ -74,8 +74,11 @@ class Retriever:
                 f"{source}: other weights than those that the index {opened.uri} was made with; "
                 "build the index again with this checkpoint, or give its own"
             )
-        precision = opened.manifest["vision_precision"]
-        return cls(opened, Encoder.load(source, device, precision=precision))
+        options = {
+            "precision": opened.manifest["vision_precision"],
+            "max_pixels": opened.manifest["max_image_pixels"],
+        }
+        return cls(opened, Encoder.load(source, device, **options))
 
     def ask(
         self,
