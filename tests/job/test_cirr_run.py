@@ -51,7 +51,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.usefixtures("standing_cluster")
 def test_cirrs_metrics_everywhere(data: Path, tmp_path: Path, run_pipeline: Runner) -> None:
     run_dir = tmp_path / "run"
     settings = [
@@ -59,6 +58,7 @@ def test_cirrs_metrics_everywhere(data: Path, tmp_path: Path, run_pipeline: Runn
         *("--pretrain.epochs=0", "--train.epochs=1", "--train.mining_definitions=1"),
         *("--train.lr=1e-3", "--train.batch_size=6", "--cluster.gpus=none", "--features=off"),
         *("--report.examples=1", "--objective.name=info_nce", "--train.negatives_per_triplet=2"),
+        "--cluster.in_process=true",
     ]
     result = run_pipeline("train", *settings)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -51,7 +51,6 @@ def test_its_parts_are_read(old: Path) -> None:
     assert torch.isfinite(encoder.encode_images([picture])).all()
 
 
-@pytest.mark.usefixtures("standing_cluster")
 def test_it_is_resumed_to_the_same_end(old: Path, tmp_path: Path, run_pipeline: Runner) -> None:
     shutil.copytree(old / "run", tmp_path / "run")
     # Its own settings, where they lie now; the weights that it started from are gone.
@@ -62,6 +61,7 @@ def test_it_is_resumed_to_the_same_end(old: Path, tmp_path: Path, run_pipeline: 
         f"--run.dir={tmp_path}/run",
         f"--data.root={old}/world",
         f"--feature_store.dir={tmp_path}/features",
+        "--cluster.in_process=true",
     ]
     before = (tmp_path / "run/rounds/epoch-0002/part-00000.parquet").read_bytes()
     result = run_pipeline("train", *options)
