@@ -67,8 +67,9 @@ def what_mining_added(settings: Settings, end: dict[str, Any], control: dict[str
         for name in ("R@10", "R-precision", "mAP@10")
         if name in ours
     )
-    epochs = settings.train.epochs - mining_epochs(settings.train)[0]
-    line = f"mining added {added}, over the same {epochs} epochs with random negatives"
+    count = settings.train.epochs - mining_epochs(settings.train)[0]
+    epochs = f"{count} epochs" if count > 1 else "epoch"
+    line = f"mining added {added}, over the same {epochs} with random negatives"
     if "R@10" not in ours:
         return line
     found, missed = (_found_at_10(row["uri"]) for row in (end, control))

@@ -48,7 +48,7 @@ def test_the_control_is_the_run_with_random_negatives(
     recall = [end["recall"]["average"]["R@10"] for end in ends]
     (said,) = re.findall(r"^mining added (.*) R@10, .*$", done.stdout, re.MULTILINE)
     assert float(said) == pytest.approx(recall[0] - recall[1], abs=0.006)
-    assert "over the same 1 epochs with random negatives (R@10: " in done.stdout
+    assert "over the same epoch with random negatives (R@10: " in done.stdout
     rows = re.findall(r"^(start|end of warm-up|end|end, random negatives)  ", done.stdout, re.M)
     assert rows == ["start", "end of warm-up", "end", "end, random negatives"]
     summary = json.loads((run_dir / "summary.json").read_text())
