@@ -38,15 +38,20 @@ _MADE_WITH = (
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
-def _rows(output: str, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows by id of a version's images whose segments are whole; the rest is to be made again."""
+def _rows(output: str, manifest: dict[str, Any], needed: bool) -> dict[str, dict[str, Any]]:
+    """Rows by id of a version's images whose segments are whole.
+
+    Raises `InputError` if one is not and all are ``needed``; else they are to be made again.
+    """
     rows = read_committed_parquet(output, manifest["images_file"], manifest).to_pylist()
-    whole = {
+    lost = {
         name
         for name in manifest["segments"]
-        if storage.kept(storage.join(output, name), EMBEDDINGS_KIND, {})
+        if not storage.kept(storage.join(output, name), EMBEDDINGS_KIND, {})
     }
-    return {row["image_id"]: row for row in rows if row["segment"] in whole}
+    if lost and needed:
+        raise InputError(f"{output}: {min(lost)} is not whole; build the index again")
+    return {row["image_id"]: row for row in rows if row["segment"] not in lost}
 
 
 def _known_images(
@@ -60,7 +65,7 @@ def _known_images(
         return {}
     if not keep_others:
         manifest = storage.kept(output, INDEX_KIND, facts)
-        return _rows(output, manifest) if manifest else {}
+        return _rows(output, manifest, needed=False) if manifest else {}
     manifest = storage.read_manifest(output, INDEX_KIND)
     for name, value in facts.items():
         if manifest[name] != value:
@@ -69,7 +74,7 @@ def _known_images(
                 f"own (checkpoint {manifest['checkpoint']}, --stored {manifest['stored']}), or "
                 "build it anew"
             )
-    return _rows(output, manifest)
+    return _rows(output, manifest, needed=True)
 
 
 def index_facts(settings: Settings, checkpoint: str, stored: str) -> dict[str, Any]:
@@ -96,8 +101,9 @@ def build_index(
     """Make the index at ``output`` hold ``corpus``, and besides it what it held if
     ``keep_others``; return its manifest. ``check`` raises if another process took its place.
 
-    The same images give the same answers, however the index came about. Raises `InputError`
-    naming an image that cannot be read.
+    The same images give the same answers, however the index came about, but for the last bits of
+    a score: images that are embedded beside others may round otherwise. Raises `InputError` naming
+    an image that cannot be read.
     """
     started = time.monotonic()
     storage.check_place(output, INDEX_KIND, "output")
@@ -148,7 +154,7 @@ def without_images(
     """Take images out of the index at ``output``; `InputError` naming one that it has not."""
     started = time.monotonic()
     manifest = storage.read_manifest(output, INDEX_KIND)
-    rows = _rows(output, manifest)
+    rows = _rows(output, manifest, needed=True)
     if unknown := sorted(set(image_ids) - set(rows)):
         raise InputError(
             f"{output}: holds no image {unknown[0]!r} ({len(unknown):,} of {len(image_ids):,} are "

@@ -299,6 +299,12 @@ def test_what_was_made_otherwise_is_not_added_to(
     # A segment that is lost is made again.
     (segment,) = output.glob("segment-*")
     shutil.rmtree(segment)
+    for lose in (
+        lambda: built(finished_run, rest, output, stored="fp32", keep_others=True),
+        lambda: without_images(str(output), names[3:4]),
+    ):
+        with pytest.raises(InputError, match=r"segment-\w+ is not whole; build the index again"):
+            lose()
     grown = built(finished_run, some, output, stored="fp32")
     assert grown["embedded"] == len(some.images)
     assert len(answers(output, 3)) == len(queries(output))
