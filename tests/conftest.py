@@ -52,6 +52,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ray")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def threads() -> int:
+    """Threads of this process's products, as it starts."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads(threads: int) -> None:
+    """Stages in this process set their own, and products of other threads round otherwise."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[str]:
     """This process's own Ray, by its address."""
