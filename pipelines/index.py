@@ -111,13 +111,13 @@ def _named(verb: str, *ids: str) -> argparse.Namespace:
         parser.add_argument(name, nargs="+", help=f"{name} of images")
     chosen = parser.parse_args(sys.argv[2:])
     chosen.index = storage.resolve(chosen.index).rstrip("/")
-    storage.read_manifest(chosen.index, INDEX_KIND)
+    chosen.manifest = storage.read_manifest(chosen.index, INDEX_KIND)  # it is one
     return chosen
 
 
 def inspect() -> None:
-    uri = _named("inspect").index
-    print(describe(uri, storage.read_manifest(uri, INDEX_KIND)), flush=True)
+    chosen = _named("inspect")
+    print(describe(chosen.index, chosen.manifest), flush=True)
 
 
 def remove() -> None:

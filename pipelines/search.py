@@ -64,13 +64,11 @@ def questions_of(uri: str) -> list[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError:
-            raise InputError(f"{place}: no JSON object") from None
-        if not isinstance(row, dict) or (unknown := set(row) - _FIELDS):
-            raise InputError(
-                f"{place}: {sorted(unknown)[0]!r} is not one of {', '.join(sorted(_FIELDS))}"
-                if isinstance(row, dict)
-                else f"{place}: no JSON object"
-            )
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"{place}: no JSON object")
+        if unknown := sorted(set(row) - _FIELDS):
+            raise InputError(f"{place}: {unknown[0]!r} is not one of {', '.join(sorted(_FIELDS))}")
         exclude = row.get("exclude", [])
         texts = [row[name] for name in ("id", "image", "text", "category") if name in row]
         if not isinstance(exclude, list) or not all(map(is_text, (*exclude, *texts))):
@@ -106,7 +104,7 @@ def main() -> None:
                 row.get("image"),
                 row.get("text"),
                 row.get("category"),
-                tuple(row.get("exclude") or ()),
+                tuple(row.get("exclude", ())),
             )
             for _, row in rows
         ]

@@ -64,8 +64,8 @@ def work(settings: Settings) -> None:
         control = committed(storage.join(settings.run.dir, CONTROL), "evaluations") if told else []
         print(f"\nval, {of_format(settings.data.format).described} (percent)")
         print(summary_table([*evaluations, *control]))
-    if summary["mining"]:
-        print(f"\n{summary['mining']}")
+        if told:
+            print(f"\n{told}")
     print(f"\nmining rounds: {summary['rounds']}")
     print(f"run directory: {settings.run.dir}")
     print(f"report:        {summary['report']}", flush=True)

@@ -5,7 +5,8 @@ Shapes: S seeds, Q queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,26 @@ def paired_difference(
         means += times @ own / len(own) / len(categories)
     low, high = np.quantile(100 * means, [0.025, 0.975])
     return Difference(tuple(by_seed), float(low), float(high))
+
+
+Ranks = Mapping[str, tuple[str, int | None]]
+"""Of each query its category and its target's rank, 0 the best, None without a target."""
+
+
+def figure_difference(
+    metric: str, by_seed: Sequence[float], other: Sequence[Ranks], baseline: Sequence[Ranks]
+) -> Difference:
+    """`paired_difference` of a figure by its name, of the ranks under each seed: with an interval
+    where it is a recall, "R@k", and every query has a target."""
+    queries = sorted(baseline[0])
+    found = re.fullmatch(r"R@(\d+)", metric)
+    ranks = [[[own[query][1] for query in queries] for own in some] for some in (other, baseline)]
+    if not found or any(rank is None for some in ranks for row in some for rank in row):
+        return paired_difference(by_seed)
+    other_SQ, baseline_SQ = (np.asarray(some) < int(found[1]) for some in ranks)
+    return paired_difference(
+        by_seed, other_SQ, baseline_SQ, [baseline[0][query][0] for query in queries]
+    )
 
 
 def samples_to_reach(points: Sequence[tuple[int, float]], level: float) -> int | None:

@@ -179,6 +179,13 @@ def read_rankings(uri: str) -> pa.Table:
     return _committed_rows(uri, read_evaluation(uri))
 
 
+def target_ranks(uri: str) -> dict[str, tuple[str, int | None]]:
+    """Of each query of a committed evaluation its category and its target's rank
+    (`paired.Ranks`)."""
+    rows = read_rankings(uri).select(["query_id", "category", "target_rank"]).to_pylist()
+    return {row["query_id"]: (row["category"], row["target_rank"]) for row in rows}
+
+
 def _committed_rows(uri: str, manifest: dict[str, Any]) -> pa.Table:
     names = sorted(manifest["files"])
     return pa.concat_tables(read_committed_parquet(uri, name, manifest) for name in names)

@@ -27,7 +27,7 @@ from qure_core.data.packed_index import image_source
 from qure_core.data.sources import Dataset, files_of
 from qure_core.data.world import make_world
 from qure_core.evaluation.protocols import of_format, of_manifest
-from qure_core.evaluation.stage import read_rankings
+from qure_core.evaluation.stage import target_ranks
 from qure_core.job.grid import Grid, Line
 from qure_core.job.layout import committed
 from qure_core.job.metrics_log import read_metrics
@@ -216,8 +216,7 @@ def line_result(line: Line) -> LineResult:
             )
         )
         before = negatives
-    rankings = read_rankings(evaluations[-1]["uri"]).select(["query_id", "category", "target_rank"])
-    ranks = {row["query_id"]: (row["category"], row["target_rank"]) for row in rankings.to_pylist()}
+    ranks = target_ranks(evaluations[-1]["uri"])
     return LineResult(line.name, line.seed, tuple(points), tuple(rounds), seconds, ranks)
 
 

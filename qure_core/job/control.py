@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.data.schema import Split
-from qure_core.evaluation.paired import paired_difference
+from qure_core.evaluation.paired import figure_difference
 from qure_core.evaluation.protocols import of_manifest
-from qure_core.evaluation.stage import evaluate_checkpoint, read_rankings
+from qure_core.evaluation.stage import evaluate_checkpoint, target_ranks
 from qure_core.job.layout import evaluation_uri
 from qure_core.model.checkpoint_files import checkpoint_uri
 from qure_core.runtime.resources import Plan
@@ -72,18 +70,6 @@ def what_mining_added(settings: Settings, end: dict[str, Any], control: dict[str
     line = f"mining added {added}, over the same {epochs} with random negatives"
     if "R@10" not in ours:
         return line
-    found, missed = (_found_at_10(row["uri"]) for row in (end, control))
-    queries = sorted(found)
-    difference = paired_difference(
-        (ours["R@10"] - theirs["R@10"],),
-        np.array([[found[query][1] for query in queries]]),
-        np.array([[missed[query][1] for query in queries]]),
-        [found[query][0] for query in queries],
-    )
+    ranks = [[target_ranks(row["uri"])] for row in (end, control)]
+    difference = figure_difference("R@10", (ours["R@10"] - theirs["R@10"],), *ranks)
     return f"{line} (R@10: {difference.low:+.2f} to {difference.high:+.2f} over the queries)"
-
-
-def _found_at_10(uri: str) -> dict[str, tuple[str, bool]]:
-    """Category of each query, and whether its target is among the first ten."""
-    rows = read_rankings(uri).select(["query_id", "category", "target_rank"]).to_pylist()
-    return {row["query_id"]: (row["category"], row["target_rank"] < 10) for row in rows}

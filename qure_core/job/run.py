@@ -135,25 +135,24 @@ def run(settings: Settings) -> dict[str, Any]:
         run_lease.check()
         remove_scratch(run_dir)
 
-        def finish(control: list[dict[str, Any]]) -> dict[str, Any]:
-            added = [what_mining_added(settings, measured[-1], row) for row in control]
+        def finish(mining: str = "", control: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
             summary = {
                 "evaluations": {row["name"]: row["metrics"] for row in [*measured, *control]},
-                "mining": "".join(added),
+                "mining": mining,
                 "rounds": len(rounds),
                 "report": build_report(settings, train, val, measured, rounds, lines, control),
             }
             storage.write_json(storage.join(run_dir, "summary.json"), summary)
             return summary
 
-        summary = finish([])
+        summary = finish()
         if val and has_control(settings):
             # After all else: whatever becomes of it, the run is whole.
             features = usable_store(settings, plan, start, training_images(train, corpora))
             control = run_control(settings, plan, val, features)
             run_lease.check()
             remove_scratch(run_dir)
-            summary = finish([control])
+            summary = finish(what_mining_added(settings, measured[-1], control), [control])
         return summary
 
 

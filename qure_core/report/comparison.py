@@ -5,7 +5,6 @@ Shapes: S seeds, Q queries.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ import numpy as np
 
 from qure_core import storage
 from qure_core.base.errors import InputError
-from qure_core.evaluation.paired import Difference, paired_difference, samples_to_reach
+from qure_core.evaluation.paired import Difference, Ranks, figure_difference, samples_to_reach
 from qure_core.evaluation.published import PUBLISHED
 from qure_core.report.figures import recall_curves, share_against_margin
 
@@ -66,16 +65,7 @@ class LineResult:
     points: tuple[Point, ...]
     rounds: tuple[RoundFacts, ...]
     seconds: float
-    ranks: Mapping[str, tuple[str, int | None]]
-
-
-def _hits(results: Sequence[LineResult], metric: str, queries: Sequence[str]) -> np.ndarray | None:
-    """Whether each query's target is found, [S, Q]; None where ``metric`` is no recall of it."""
-    found = re.fullmatch(r"R@(\d+)", metric)
-    ranks = [[result.ranks[query][1] for query in queries] for result in results]
-    if not found or any(rank is None for row in ranks for rank in row):
-        return None
-    return np.asarray(ranks) < int(found[1])
+    ranks: Ranks
 
 
 def _difference(own: Sequence[LineResult], base: Sequence[LineResult], metric: str) -> Difference:
@@ -88,10 +78,7 @@ def _difference(own: Sequence[LineResult], base: Sequence[LineResult], metric: s
         one.points[-1].figures[metric] - other.points[-1].figures[metric]
         for one, other in zip(own, base, strict=True)
     ]
-    queries = sorted(base[0].ranks)
-    categories = [base[0].ranks[query][0] for query in queries]
-    other_SQ, base_SQ = (_hits(results, metric, queries) for results in (own, base))
-    return paired_difference(by_seed, other_SQ, base_SQ, categories)
+    return figure_difference(metric, by_seed, [r.ranks for r in own], [r.ranks for r in base])
 
 
 def _spread(values: Sequence[float]) -> float | None:

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qure_core.evaluation.paired import Difference, paired_difference, samples_to_reach
+from qure_core.evaluation.paired import (
+    Difference,
+    figure_difference,
+    paired_difference,
+    samples_to_reach,
+)
 
 
 def test_the_interval_is_that_of_queries_drawn_again() -> None:
@@ -69,3 +74,19 @@ def test_samples_to_reach_a_level(values: list[float], level: float) -> None:
     between = np.interp(found, [s for s, _ in points], values)
     steepest = max((abs(b - a) for a, b in itertools.pairwise(values)), default=0)
     assert first == 0 or abs(between - level) <= steepest / 100 + 1e-6
+
+
+def test_a_recalls_interval_is_of_its_hits() -> None:
+    rng = np.random.default_rng(2)
+    ranks = [
+        [{f"q{n}": ("ab"[n % 2], int(rng.integers(20))) for n in range(40)} for _ in range(2)]
+        for _ in range(2)
+    ]
+    names = sorted(ranks[0][0])
+    hits = [np.array([[own[q][1] < 10 for q in names] for own in some]) for some in ranks]
+    expected = paired_difference([1.0, 2.0], *hits, [ranks[0][0][q][0] for q in names])
+    assert figure_difference("R@10", [1.0, 2.0], *ranks) == expected
+    assert expected.low is not None
+    assert figure_difference("R-precision", [1.0, 2.0], *ranks).low is None
+    ranks[0][1]["q3"] = ("b", None)
+    assert figure_difference("R@10", [1.0, 2.0], *ranks).low is None
