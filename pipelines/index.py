@@ -32,6 +32,12 @@ def read() -> tuple[Settings, argparse.Namespace]:
     options.add_argument(
         "--corpus", help="folder of images or of packed shards (default: the configured data's)"
     )
+    options.add_argument(
+        "--metadata", help="Parquet, CSV or JSONL file with image_id and columns to filter by"
+    )
+    options.add_argument(
+        "--if-newer", action="store_true", help="do nothing if this checkpoint is the index's"
+    )
     options.add_argument("--output", help="the index: a path or URI (default: run.dir's index)")
     options.add_argument(
         "--stored",
@@ -45,7 +51,7 @@ def read() -> tuple[Settings, argparse.Namespace]:
 
 
 def build(arguments: tuple[Settings, argparse.Namespace]) -> None:
-    from qure_core.model.checkpoint_files import newest_checkpoint
+    from qure_core.model.checkpoint_files import checkpoint_digest, newest_checkpoint
     from qure_core.runtime.in_process import stages_in_process
     from qure_core.runtime.monitor import monitored
     from qure_core.runtime.resources import connect, plan_resources
@@ -65,8 +71,14 @@ def build(arguments: tuple[Settings, argparse.Namespace]) -> None:
     storage.check_place(output, INDEX_KIND, "output")
     storage.check_writable(output.rsplit("/", 1)[0], "output")
     source = chosen.corpus and storage.resolve(chosen.corpus)
+    metadata = chosen.metadata and storage.resolve(chosen.metadata)
     if source and f"{output}/".startswith(f"{source.rstrip('/')}/"):
         raise InputError(f"output: {output} lies in the corpus {source}; choose a place beside it")
+    if chosen.if_newer and storage.is_committed(output):
+        manifest = storage.read_manifest(output, INDEX_KIND)
+        if manifest["checkpoint_digest"] == checkpoint_digest(checkpoint):
+            print(f"[index] made with this checkpoint already: {output}", flush=True)
+            return
     connect()
     with (
         hold(output, "indexing") as lease,
@@ -78,7 +90,7 @@ def build(arguments: tuple[Settings, argparse.Namespace]) -> None:
             settings,
             plan,
             checkpoint,
-            read_corpus(settings.data, source),
+            read_corpus(settings.data, source, metadata),
             output,
             stored=chosen.stored,
             keep_others=adding,
@@ -90,6 +102,19 @@ def build(arguments: tuple[Settings, argparse.Namespace]) -> None:
 def describe(uri: str, manifest: dict[str, Any]) -> str:
     """An index in a few lines, for people."""
     each = manifest["tokens"] * manifest["width"] * (2 if manifest["stored"] == "fp16" else 4)
+    made = manifest.get("faiss")
+    searched = ["  search          exact: every image is scored"]
+    if made:
+        found = ", ".join(f"{made['recall'][top]:.4f} of the best {top}" for top in made["recall"])
+        missed = min(made["recall"].values()) < made["recall_target"]
+        searched = [
+            f"  search          FAISS {made['factory']}, {len(made['positions'])} of "
+            f"{manifest['tokens']} vectors an image (they have {made['wins']['share']:.2%} of the "
+            f"wins; {made['wins']['ever']} ever win)",
+            f"  recall          {found}, by {made['nprobe']:,} of {made['lists']:,} lists, on "
+            f"{made['recall_queries']:,} queries"
+            + (f"; below search.recall {made['recall_target']}" if missed else ""),
+        ]
     return "\n".join(
         [
             f"  images          {manifest['images']:>12,}",
@@ -97,6 +122,7 @@ def describe(uri: str, manifest: dict[str, Any]) -> str:
             f"  segments        {len(manifest['segments']):>12,}",
             f"  an image        [{manifest['tokens']}, {manifest['width']}] {manifest['stored']}, "
             f"{each:,} bytes; {each * manifest['images'] / 2**20:,.1f} MB in all",
+            *searched,
             f"  checkpoint      {manifest['checkpoint']} ({manifest['checkpoint_digest'][:16]})",
             f"index: {uri}",
         ]

@@ -375,6 +375,32 @@ class FeatureStoreSettings(_Section):
     shard_images: int = _free(256, ge=1, description="images in one file of a store")
 
 
+class SearchSettings(_Section):
+    kind: Literal["auto", "exact", "faiss"] = _free(
+        "auto",
+        description="an index scores every image of a query (exact), or candidates that FAISS "
+        "finds; auto is exact below 200,000 vectors",
+    )
+    factory: str | None = _free(
+        None,
+        description="FAISS index_factory string, with an IVF (default: by the number of vectors)",
+    )
+    recall: float = _free(
+        0.99,
+        gt=0,
+        le=1,
+        description="share of the 10 and of the 50 best images that FAISS is to find; sets how "
+        "many lists are looked through",
+    )
+    tokens: int | None = _free(
+        None,
+        ge=1,
+        description="vectors of an image that FAISS holds (default: those that win); scores are of "
+        "all of them",
+    )
+    questions: int = _free(200, ge=20, description="queries on which the recall is measured")
+
+
 class ReportSettings(_Section):
     examples: int = _free(6, ge=0, le=100, description="example queries shown in the report")
 
@@ -412,6 +438,7 @@ class Settings(BaseSettings):
         "is needed, required insists on one, build fills it first, off computes them",
     )
     feature_store: FeatureStoreSettings = FeatureStoreSettings()
+    search: SearchSettings = SearchSettings()
     report: ReportSettings = ReportSettings()
     tracking: TrackingSettings = TrackingSettings()
 

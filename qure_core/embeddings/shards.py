@@ -75,6 +75,11 @@ class EmbeddingShards:
         ids, values = self._read(shard_files(shard)[0])
         return ids, values.reshape(len(ids), self.tokens, self.width)
 
+    def values(self, shard: int) -> np.ndarray:
+        """Embeddings [m, T, D] of one shard, in the type they are stored."""
+        _, values = self._table(shard_files(shard)[0])
+        return values.reshape(-1, self.tokens, self.width)
+
     def queries(self, shard: int) -> tuple[list[str], np.ndarray]:
         """Ids and embeddings [q, D] of one shard."""
         ids, values = self._read(shard_files(shard)[1])

@@ -11,27 +11,30 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
-
-import pyarrow as pa
 
 from qure_core import storage
 from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
-from qure_core.data.hashing import image_digests
+from qure_core.data.hashing import image_digests, image_stamps
 from qure_core.data.schema import Split
-from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
+from qure_core.embeddings.shards import EMBEDDINGS_KIND
 from qure_core.embeddings.stage import EmbedJob, embed_splits
 from qure_core.model.checkpoint_files import checkpoint_digest, checkpoint_pixels
 from qure_core.runtime.resources import Plan
+from qure_core.search.approximate_build import make_faiss, wanted
 from qure_core.search.corpus import Corpus
-from qure_core.search.index import IMAGES, INDEX_KIND
-from qure_core.storage.kinds import PLAN
-from qure_core.storage.parquet import parquet_bytes, read_committed_parquet
+from qure_core.search.index import FAISS_KIND, INDEX_KIND, Index
+from qure_core.search.questions import embedded_questions, open_questions
+from qure_core.search.version import Version
 
-_LIST, _SEGMENT = re.compile(r"images-[0-9a-f]{16}\.parquet"), re.compile(r"segment-[0-9a-f]{16}")
-_MADE_WITH = (
+_FILE = re.compile(r"(images-[0-9a-f]{16}\.parquet)|(trained-[0-9a-f]{16}\.faiss)")
+_FOLDERS = {
+    re.compile(r"(segment|questions)-[0-9a-f]{16}"): EMBEDDINGS_KIND,
+    re.compile(r"faiss-[0-9a-f]{16}"): FAISS_KIND,
+}
+MADE_WITH = (
     *("checkpoint", "checkpoint_digest", "pixels", "vision_precision", "stored"),
     "max_image_pixels",
 )
@@ -43,7 +46,7 @@ def _rows(output: str, manifest: dict[str, Any], needed: bool) -> dict[str, dict
 
     Raises `InputError` if one is not and all are ``needed``; else they are to be made again.
     """
-    rows = read_committed_parquet(output, manifest["images_file"], manifest).to_pylist()
+    rows = Index.version(output, manifest).images.to_pylist()
     lost = {
         name
         for name in manifest["segments"]
@@ -111,26 +114,19 @@ def build_index(
     known = _known_images(output, facts, keep_others)
     if not storage.is_committed(output):
         storage.begin(output, INDEX_KIND)  # what a kill leaves is known as ours
-    digests = image_digests(corpus.images.values())
-    if unread := [name for name, uri in corpus.images.items() if uri not in digests]:
-        raise InputError(
-            f"{corpus.images[unread[0]]}: cannot be read ({len(unread):,} image(s) of the corpus); "
-            "mend or remove them"
-        )
     rows: dict[str, dict[str, Any]] = dict(known) if keep_others else {}
     new: dict[str, dict[str, Any]] = {}
-    for name, uri in corpus.images.items():
-        row = {
-            "image_id": name,
-            "uri": uri,
-            "category": corpus.categories.get(name),
-            "sha256": digests[uri],
-        }
-        before = known.get(name)
+    for row in _described(corpus, known):
+        name, before = row["image_id"], known.get(row["image_id"])
         if before is not None and before["sha256"] == row["sha256"]:
-            rows[name] = row | {"segment": before["segment"]}
+            rows[name] = row | {"segment": before["segment"], "row": before["row"]}
         else:
             new[name] = row
+    if not new and rows == known and storage.is_committed(output):
+        manifest = storage.read_manifest(output, INDEX_KIND)
+        if _settled(manifest, settings):
+            print(f"[index] nothing is new: {output}", flush=True)
+            return manifest | {"embedded": 0, "seconds": round(time.monotonic() - started, 3)}
     if new:
         whole = hashlib.sha256(repr((facts, [(n, new[n]["sha256"]) for n in sorted(new)])).encode())
         segment = f"segment-{whole.hexdigest()[:16]}"
@@ -142,10 +138,68 @@ def build_index(
             DTYPES[stored],
         )
         embed_splits(checkpoint, [job], settings, plan)
-        rows |= {name: row | {"segment": segment} for name, row in new.items()}
+        rows |= {
+            name: new[name] | {"segment": segment, "row": row}
+            for row, name in enumerate(sorted(new))
+        }
     check()
-    made = {"checkpoint": checkpoint, "max_image_pixels": settings.data.max_image_pixels}
-    return _commit_version(output, facts | made, rows, time.monotonic() - started, len(new))
+    facts |= {"checkpoint": checkpoint, "max_image_pixels": settings.data.max_image_pixels}
+    version = Version(output, facts, rows, len(new))
+    description = version.description()
+    if wanted(settings.search, len(rows) * description["tokens"]):
+        index = version.opened()
+        description["questions"] = embedded_questions(settings, plan, checkpoint, corpus, index)
+        before = storage.read_manifest(output, INDEX_KIND) if storage.is_committed(output) else {}
+        questions = open_questions(index, description["questions"])
+        cpus = settings.cluster.cpus_per_embed_actor
+        description["faiss"], files = make_faiss(
+            index, questions, settings.search, before.get("faiss"), cpus
+        )
+        check()
+        return version.commit(description, time.monotonic() - started, files)
+    return version.commit(description, time.monotonic() - started)
+
+
+def _settled(manifest: dict[str, Any], settings: Settings) -> bool:
+    """Whether an index is as ``settings.search`` wants it to be."""
+    made = manifest.get("faiss")
+    if not wanted(settings.search, manifest["images"] * manifest["tokens"]):
+        return made is None
+    search = settings.search
+    return made is not None and (
+        search.factory in (None, made["factory"])
+        and search.tokens in (None, len(made["positions"]))
+        and search.recall == made["recall_target"]
+    )
+
+
+def _described(corpus: Corpus, known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of a corpus's images but for where they are held. A file with the stamp that it had
+    before is not read."""
+    stamps = image_stamps(corpus.images.values())
+    digests = {
+        uri: known[name]["sha256"]
+        for name, uri in corpus.images.items()
+        if name in known
+        and known[name]["uri"] == uri
+        and stamps.get(uri) is not None
+        and known[name]["stamp"] == stamps[uri]
+    }
+    digests |= image_digests([uri for uri in corpus.images.values() if uri not in digests])
+    if unread := [name for name, uri in corpus.images.items() if uri not in digests]:
+        raise InputError(
+            f"{corpus.images[unread[0]]}: cannot be read ({len(unread):,} image(s) of the corpus); "
+            "mend or remove them"
+        )
+    for name, uri in corpus.images.items():
+        yield {
+            "image_id": name,
+            "uri": uri,
+            "category": corpus.categories.get(name),
+            "metadata": sorted(corpus.metadata.get(name, {}).items()),
+            "sha256": digests[uri],
+            "stamp": stamps.get(uri),
+        }
 
 
 def without_images(
@@ -160,40 +214,19 @@ def without_images(
             f"{output}: holds no image {unknown[0]!r} ({len(unknown):,} of {len(image_ids):,} are "
             "not there); nothing was removed"
         )
-    left = {name: row for name, row in rows.items() if name not in set(image_ids)}
+    gone = set(image_ids)
+    left = {name: row for name, row in rows.items() if name not in gone}
     if not left:
         raise InputError(f"{output}: nothing would be left; remove the directory instead")
-    facts = {name: manifest[name] for name in _MADE_WITH}
+    facts = {name: manifest[name] for name in MADE_WITH}
+    version = Version(output, facts, left, 0)
+    description, files = version.description(), {}
+    if made := manifest.get("faiss"):
+        parts = {name: made["parts"][name] for name in description["segments"]}
+        description |= {"faiss": made | {"parts": parts}, "questions": manifest.get("questions")}
+        files = {made["trained"]: manifest["files"][made["trained"]]}
     check()
-    return _commit_version(output, facts, left, time.monotonic() - started, 0)
-
-
-def _commit_version(
-    output: str,
-    facts: dict[str, Any],
-    rows: dict[str, dict[str, Any]],
-    seconds: float,
-    embedded: int,
-) -> dict[str, Any]:
-    """Write a version's images, then the manifest that makes it the one to open."""
-    table = pa.Table.from_pylist([rows[name] for name in sorted(rows)], IMAGES)
-    data = parquet_bytes(table)
-    name = f"images-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
-    segments = sorted({row["segment"] for row in rows.values()})
-    shapes = EmbeddingShards.open(storage.join(output, segments[0]))
-    storage.write_bytes(storage.join(output, name), data)
-    description = facts | {
-        "images": len(rows),
-        "images_file": name,
-        "segments": segments,
-        "tokens": shapes.tokens,
-        "width": shapes.width,
-        "embedded": embedded,
-        "seconds": round(seconds, 3),
-    }
-    storage.write_manifest(output, INDEX_KIND, description, [name])
-    storage.remove_file(storage.join(output, PLAN))
-    return storage.read_manifest(output, INDEX_KIND)
+    return version.commit(description, time.monotonic() - started, files)
 
 
 def compacted(output: str) -> int:
@@ -202,12 +235,21 @@ def compacted(output: str) -> int:
     For when nobody reads an older version.
     """
     manifest = storage.read_manifest(output, INDEX_KIND)
+    made = manifest.get("faiss") or {"parts": {}}
+    needed = {
+        *manifest["files"],
+        *manifest["segments"],
+        *made["parts"].values(),
+        manifest.get("questions"),
+    }
     removed = 0
-    for name in storage.list_names(output):
-        if _SEGMENT.fullmatch(name) and name not in manifest["segments"]:
-            storage.discard(storage.join(output, name), EMBEDDINGS_KIND)
+    for name in set(storage.list_names(output)) - needed:
+        uri = storage.join(output, name)
+        if _FILE.fullmatch(name):
+            storage.remove_file(uri)
             removed += 1
-        elif _LIST.fullmatch(name) and name != manifest["images_file"]:
-            storage.remove_file(storage.join(output, name))
-            removed += 1
+        for pattern, kind in _FOLDERS.items():
+            if pattern.fullmatch(name):
+                storage.discard(uri, kind)
+                removed += 1
     return removed

@@ -17,7 +17,7 @@ from qure_core.storage.commits import (
     write_manifest,
 )
 from qure_core.storage.failures import fault, is_away, is_refused
-from qure_core.storage.fetch import local_copy
+from qure_core.storage.fetch import kept_copy, local_copy
 from qure_core.storage.files import (
     arrow_filesystem,
     check_writable,
@@ -88,6 +88,7 @@ __all__ = [
     "is_refused",
     "join",
     "kept",
+    "kept_copy",
     "list_names",
     "local_copy",
     "manifest_uri",

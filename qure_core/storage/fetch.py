@@ -8,11 +8,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import fsspec
+from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from qure_core.base.errors import InputError
-from qure_core.storage.commits import damaged, is_ours, read_manifest
-from qure_core.storage.files import exists, file_digest, filesystem, join
+from qure_core.storage.commits import (
+    committed_directory,
+    damaged,
+    is_ours,
+    kept,
+    read_manifest,
+)
+from qure_core.storage.files import exists, file_digest, filesystem, is_local, join
+from qure_core.storage.kinds import Kind
 from qure_core.storage.temporary import temporary_folder
 
 
@@ -55,3 +63,33 @@ def _fetch(fs: fsspec.AbstractFileSystem, path: str, folder: str, names: list[st
         return file
     fs.get(path.rstrip("/") + "/", folder + "/", recursive=True)
     return folder
+
+
+def kept_copy(uri: str, kind: Kind, cache: str) -> str:
+    """A local path of a committed directory whose name tells its content: a remote one is copied
+    below the directory ``cache``, once, and stays there. Of processes that want it, one copies."""
+    if is_local(uri):
+        return uri
+    target = join(cache, uri.rstrip("/").rsplit("/", 1)[-1])
+    try:
+        os.makedirs(cache, exist_ok=True)
+        lock = FileLock(f"{target}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise InputError(
+            f"{cache}: cannot be written ({error.strerror or error}), where copies of {uri} are "
+            "kept; choose a directory with room"
+        ) from None
+    try:
+        if not kept(target, kind, {}):
+            manifest = read_manifest(uri, kind)
+            with committed_directory(target, kind) as (folder, description):
+                fs, path = filesystem(uri)
+                _fetch(fs, path, str(folder), list(manifest["files"]))
+                for name, facts in manifest["files"].items():
+                    if file_digest(os.path.join(folder, name)) != facts["sha256"]:
+                        raise damaged(uri, name)
+                description |= {key: manifest[key] for key in manifest if key != "files"}
+    finally:
+        lock.release()
+    return target

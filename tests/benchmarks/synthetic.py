@@ -10,10 +10,15 @@ import pyarrow as pa
 import torch
 
 from qure_core import storage
+from qure_core.base.config import SearchSettings
 from qure_core.data.schema import Split, Triplet
 from qure_core.embeddings.shards import EMBEDDINGS_KIND, shard_files
 from qure_core.embeddings.stage import write_shard
 from qure_core.features.store import FEATURES_KIND, INDEX_SCHEMA, StoredFeatures
+from qure_core.search.approximate_build import make_faiss, wanted
+from qure_core.search.index import INDEX_KIND
+from qure_core.search.questions import Questions
+from qure_core.search.version import Version
 from qure_core.storage.arrow import write_arrow
 from qure_core.storage.parquet import parquet_bytes
 
@@ -35,6 +40,75 @@ def unit_vectors(shape: Sequence[int], seed: int, dtype: torch.dtype) -> np.ndar
     return torch.nn.functional.normalize(values, dim=-1).to(dtype).numpy()
 
 
+def clustered_vectors(shape: Sequence[int], seed: int, dtype: torch.dtype) -> np.ndarray:
+    """Embeddings as a trained model's are: images lie around 2,000 concepts, and each of an image's
+    vectors has a direction of its own besides. Of shape [Q, D]: queries, each near some image."""
+    *rows, width = shape
+    tokens = rows[1] if len(rows) == 2 else 32
+    generator = torch.Generator().manual_seed(2**20)
+    concepts_CD = _unit(torch.randn(2000, width, generator=generator))
+    own_TD = _unit(torch.randn(tokens, width, generator=generator))
+    generator.manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return _unit(torch.randn(*shape, width, generator=generator))
+
+    images_MD = 0.8 * concepts_CD[torch.randint(2000, rows[:1], generator=generator)]
+    images_MD = images_MD + 0.6 * noise(rows[0])
+    if len(rows) == 2:
+        values = images_MD[:, None] + 0.7 * own_TD + 0.5 * noise(*rows)
+    else:
+        own = own_TD[torch.randint(tokens, rows, generator=generator)]
+        values = _unit(images_MD + 0.7 * own + 0.5 * noise(*rows)) + 0.8 * noise(*rows)
+    return _unit(values).to(dtype).numpy()
+
+
+def _unit(values: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(values, dim=-1)
+
+
+def write_segment(
+    uri: str, name: str, ids: Sequence[str], tokens: int, width: int, seed: int
+) -> list[dict[str, Any]]:
+    """Commit fp16 clustered embeddings as a segment of an index; rows of its images."""
+    split = Split("corpus", (), {}, {"all": tuple(ids)})
+    write_embeddings(
+        f"{uri}/{name}",
+        split,
+        tokens=tokens,
+        width=width,
+        shard=2048,
+        dtype=torch.float16,
+        facts={"images": len(ids)},
+        seed=seed,
+        draw=clustered_vectors,
+    )
+    facts = {"category": None, "metadata": [], "sha256": "", "stamp": None, "segment": name}
+    return [{"image_id": image, "uri": "", "row": row} | facts for row, image in enumerate(ids)]
+
+
+def write_index(
+    uri: str, images: int, tokens: int, width: int, search: SearchSettings, queries: int = 200
+) -> dict[str, Any]:
+    """Commit an index of images without files, as pipelines/index.py does once they are embedded;
+    return its manifest."""
+    storage.begin(uri, INDEX_KIND)
+    ids = [f"i{n:08d}" for n in range(images)]
+    rows = write_segment(uri, "segment-0000000000000000", ids, tokens, width, 0)
+    version = Version(
+        uri,
+        {"checkpoint": "", "checkpoint_digest": ""},
+        {row["image_id"]: row for row in rows},
+        images,
+    )
+    description, files = version.description(), {}
+    if wanted(search, images * tokens):
+        vectors = clustered_vectors((queries, width), 77, torch.float32)
+        questions = Questions(torch.from_numpy(vectors), np.full(queries, -1))
+        description["faiss"], files = make_faiss(version.opened(), questions, search, None, 1)
+    return version.commit(description, 0.0, files)
+
+
 def write_embeddings(
     uri: str,
     split: Split,
@@ -45,6 +119,7 @@ def write_embeddings(
     dtype: torch.dtype = torch.float32,
     facts: dict[str, Any] | None = None,
     seed: int = 0,
+    draw: Callable[[Sequence[int], int, torch.dtype], np.ndarray] = unit_vectors,
 ) -> None:
     """Commit random embeddings of a split's images and queries, ``shard`` images a file."""
     ids = list(split.galleries["all"])
@@ -54,8 +129,8 @@ def write_embeddings(
         own = ids[number * shard : (number + 1) * shard]
         bounds = [len(split.triplets) * n // shards for n in (number, number + 1)]
         queries = [t.query_id for t in split.triplets[slice(*bounds)]]
-        values = unit_vectors((len(own), tokens, width), 2 * number + 1000 * seed, dtype)
-        vectors = unit_vectors((len(queries), width), 2 * number + 1 + 1000 * seed, torch.float32)
+        values = draw((len(own), tokens, width), 2 * number + 1000 * seed, dtype)
+        vectors = draw((len(queries), width), 2 * number + 1 + 1000 * seed, torch.float32)
         image_file, query_file = shard_files(number)
         write_shard(uri, image_file, own, values)
         write_shard(uri, query_file, queries, vectors)
