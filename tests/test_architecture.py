@@ -17,7 +17,7 @@ LEVELS = [
         {"mining"},
         {"training", "evaluation", "search"},
         {"report"},
-        {"job"},
+        {"job", "serve"},
     ),
 ]
 """From the bottom up: a room imports those below it, and itself."""

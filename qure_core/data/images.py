@@ -113,14 +113,20 @@ def read_image_bytes(uri: str, max_pixels: int) -> bytes:
     return data
 
 
+def _padding(width: int, height: int, ratio: float) -> tuple[int, int]:
+    """What an image gets on either side, and above and below."""
+    if max(width, height) / min(width, height) < ratio:
+        return 0, 0
+    side = max(width, height) / ratio
+    return max(int((side - width) / 2), 0), max(int((side - height) / 2), 0)
+
+
 def target_pad(image: Image.Image, ratio: float = TARGET_RATIO) -> Image.Image:
     """Pad with zeros towards aspect ``ratio``; unchanged if max/min is already below it."""
     width, height = image.size
-    if max(width, height) / min(width, height) < ratio:
+    across, down = _padding(width, height, ratio)
+    if across == down == 0:
         return image
-    side = max(width, height) / ratio
-    across = max(int((side - width) / 2), 0)
-    down = max(int((side - height) / 2), 0)
     palette = image.getpalette() if image.mode == "P" else None
     padded = Image.new(image.mode, (width + 2 * across, height + 2 * down), 0)
     if palette is not None:
@@ -142,6 +148,15 @@ def preprocess_to_bytes(image: Image.Image, size: int) -> np.ndarray:
     top = round((image.height - size) / 2.0)
     image = image.crop((left, top, left + size, top + size)).convert("RGB")
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def seen_box(width: int, height: int) -> tuple[float, float, float, float]:
+    """Where the square that `preprocess_to_bytes` leaves lies on an image: left, top, width and
+    height as shares of the image's own. What was padded is outside of it."""
+    across, down = _padding(width, height, TARGET_RATIO)
+    side = min(width + 2 * across, height + 2 * down)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left / width, top / height, side / width, side / height
 
 
 def normalise(pixels_BCHW: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ Shapes: Q queries, M images, T query tokens, D embedding width, B batch, P patch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike, fspath
@@ -115,6 +116,21 @@ class Encoder:
         return self._trained.embed_texts(input_ids.to(self.device), mask.to(self.device))
 
     # Whole lists, as people use them.
+
+    @torch.inference_mode()
+    def attention_grids(self, image: Picture) -> Tensor:
+        """Where each of an image's vectors looked, [T, rows, columns] of its square input: the
+        cross-attention of the last layer, without the class token's share.
+
+        What it is not: a proof of why an image was found. Raises `InputError` of an image that
+        cannot be read, or a model that has no such grid.
+        """
+        ((vision_BPW, _),) = self._batches([image], 1, show_progress=False)
+        map_TP = self._trained.attention_maps(vision_BPW)[0].float().cpu()
+        side = math.isqrt(map_TP.shape[1])
+        if side < 2:
+            raise InputError("this model takes an image as one vector: there is no grid to show")
+        return map_TP[:, map_TP.shape[1] - side * side :].unflatten(1, (side, side))
 
     @torch.inference_mode()
     def encode_images(

@@ -115,6 +115,11 @@ class ComposedModel(PreTrainedModel):
         if isinstance(module, ComposedModel):
             nn.init.constant_(module.temperature, self.config.initial_temperature)
 
+    def attention_maps(self, vision_BPW: Tensor) -> Tensor:
+        """How much each of an image's vectors attends to each vision token, [B, T, P]; `InputError`
+        of a model whose vectors attend to none."""
+        raise InputError(f"{type(self).__name__} has no cross-attention to show")
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, source: Any, *args: Any, **kwargs: Any

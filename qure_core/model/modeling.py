@@ -77,6 +77,15 @@ class QuReModel(ComposedModel):
         assert hidden_BTH is not None
         return self._image_embeddings(hidden_BTH)
 
+    def attention_maps(self, vision_BPW: Tensor) -> Tensor:
+        """How much each of an image's vectors attends to each vision token, [B, T, P]: in the last
+        layer of cross-attention, the mean over heads. Each [P] sums to one."""
+        seen: list[Tensor] = []
+        qformer_hidden_states(
+            self.qformer, self.ln_vision, self.query_tokens[0], vision_BPW, seen=seen
+        )
+        return seen[-1]
+
     def query_hidden_states(
         self, vision_BPW: Tensor, input_ids_BL: Tensor, attention_mask_BL: Tensor
     ) -> Tensor:

@@ -28,11 +28,14 @@ def qformer_hidden_states(
     vision_RPW: Tensor | None,
     text_BLH: Tensor | None = None,
     mask_BL: Tensor | None = None,
+    seen: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Last hidden states of the query tokens [R, T, H] and of the text tokens [B, L, H].
 
     Without ``query_TH`` texts go alone; without ``text_BLH`` all rows are images. ``mask_BL`` is 1
-    for a text's own tokens and 0 for its padding.
+    for a text's own tokens and 0 for its padding. To ``seen`` is added, for each layer of
+    cross-attention, how much each query token attends to each vision token [R, T, P], the mean over
+    heads.
     """
     rows = 0 if vision_RPW is None else vision_RPW.shape[0]
     length = 0 if query_TH is None else query_TH.shape[0]
@@ -57,7 +60,7 @@ def qformer_hidden_states(
             if layer.has_cross_attention:
                 cross = layer.crossattention
                 context_KH = _cross_attention(
-                    cross.attention, ln_vision, query_KH.view(rows, length, -1), vision_RPW
+                    cross.attention, ln_vision, query_KH.view(rows, length, -1), vision_RPW, seen
                 )
                 query_KH = cross.output(context_KH, query_KH)
             outputs.append(layer.output_query(layer.intermediate_query(query_KH), query_KH))
@@ -134,13 +137,22 @@ def _folded(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
 
 
 def _cross_attention(
-    attention: _Module, ln_vision: nn.LayerNorm, query_RTH: Tensor, vision_RPW: Tensor
+    attention: _Module,
+    ln_vision: nn.LayerNorm,
+    query_RTH: Tensor,
+    vision_RPW: Tensor,
+    seen: list[Tensor] | None,
 ) -> Tensor:
     """Context of query tokens among their image's normalised features, [R x T, H]."""
     heads = attention.num_attention_heads
+    query = _heads(attention.query(query_RTH), heads)
+    key = _heads(F.linear(vision_RPW, *_folded(attention.key, ln_vision)), heads)
+    if seen is not None:
+        weights = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        seen.append(weights.softmax(dim=-1).mean(dim=1))
     context = F.scaled_dot_product_attention(
-        _heads(attention.query(query_RTH), heads),
-        _heads(F.linear(vision_RPW, *_folded(attention.key, ln_vision)), heads),
+        query,
+        key,
         _heads(F.linear(vision_RPW, *_folded(attention.value, ln_vision)), heads),
         dropout_p=attention.attention_dropout if attention.training else 0.0,
     )

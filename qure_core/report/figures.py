@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from qure_core.data.thumbnails import thumbnail_bytes
+
 THUMBNAIL = 112
 
 
@@ -23,14 +25,8 @@ def data_uri(data: bytes, kind: str) -> str:
 
 
 def thumbnail(image: Image.Image) -> str:
-    """A small copy of ``image``, on white where it is transparent."""
-    rgba = image.convert("RGBA")
-    rgba.thumbnail((THUMBNAIL, THUMBNAIL))
-    flat = Image.new("RGB", rgba.size, "white")
-    flat.paste(rgba, mask=rgba.getchannel("A"))
-    buffer = io.BytesIO()
-    flat.save(buffer, "JPEG", quality=85)
-    return data_uri(buffer.getvalue(), "jpeg")
+    """A small copy of ``image`` as a data URI."""
+    return data_uri(thumbnail_bytes(image, THUMBNAIL), "jpeg")
 
 
 def _finish(figure: Figure) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 import faiss
 import numpy as np
 import ray
-from torch import Tensor
 
 from qure_core import storage
 from qure_core.base.config import SearchSettings
@@ -55,23 +54,6 @@ def factory_for(vectors: int) -> str:
 def wanted(search: SearchSettings, vectors: int) -> bool:
     """Whether an index of so many vectors is to have FAISS' files."""
     return search.kind == "faiss" or (search.kind == "auto" and vectors >= EXACT_BELOW)
-
-
-def winning_vectors(index: Index, query_QD: Tensor, place_QK: np.ndarray) -> np.ndarray:
-    """How often each of an image's vectors [T] gives the score of an answer."""
-    wins_T = np.zeros(index.manifest["tokens"], np.int64)
-    places = np.unique(place_QK[place_QK >= 0])
-    for segment in index.segments.values():
-        rows = np.flatnonzero(np.isin(segment.places, places) & (segment.places >= 0))
-        if not len(rows):
-            continue
-        image_MTD = segment.embeddings(rows)
-        column = {place: i for i, place in enumerate(segment.places[rows].tolist())}
-        for query_D, found in zip(query_QD.numpy(), place_QK.tolist(), strict=True):
-            own = [column[place] for place in found if place in column]
-            best = (image_MTD[own] @ query_D).argmax(axis=1)
-            wins_T += np.bincount(best, minlength=len(wins_T))
-    return wins_T
 
 
 def chosen_vectors(wins_T: np.ndarray, tokens: int | None) -> list[int]:
@@ -198,7 +180,8 @@ def make_faiss(
         made = {name: before[name] for name in ("factory", "positions", "wins", "vectors")}
         trained = before["trained"]
     else:
-        wins_T = winning_vectors(index, questions.query_QD, truth_QK)
+        token_QK = index.winning_tokens(questions.query_QD, truth_QK)
+        wins_T = np.bincount(token_QK[token_QK >= 0], minlength=index.manifest["tokens"])
         positions = chosen_vectors(wins_T, search.tokens)
         made = {
             "factory": search.factory or factory_for(len(index) * len(positions)),

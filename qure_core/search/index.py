@@ -30,6 +30,7 @@ from torch import Tensor
 from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.mining.engines.keys import LAST_KEY, key_columns, key_scores, pack_key
+from qure_core.model.checkpoint_files import checkpoint_digest
 from qure_core.model.relevance import refuse_bad_scores
 from qure_core.ranking.tiles import Scorer
 from qure_core.search.approximate import Effort, PartIndex
@@ -67,6 +68,23 @@ _PAIRS = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
 
 def part_file(part: int) -> str:
     return f"part-{part:05d}.faiss"
+
+
+def checkpoint_of(uri: str, manifest: Mapping[str, Any], given: str | None = None) -> str:
+    """Where the checkpoint is that the index at ``uri`` was made with: as ``given``, or where it
+    was then. Raises `InputError` if it is not there, or has other weights."""
+    source = storage.resolve(given or manifest["checkpoint"])
+    if not storage.is_committed(source):
+        raise InputError(
+            f"{source}: the checkpoint that the index {uri} was made with is not there; say with "
+            "--checkpoint where it is now"
+        )
+    if checkpoint_digest(source) != manifest["checkpoint_digest"]:
+        raise InputError(
+            f"{source}: other weights than those that the index {uri} was made with; build the "
+            "index again with this checkpoint, or give its own"
+        )
+    return source
 
 
 @dataclass(frozen=True)
@@ -198,6 +216,16 @@ class Index:
         keys = pc.list_flatten(self.images["metadata"].combine_chunks().cast(_PAIRS)).field("key")
         return tuple(sorted(pc.unique(keys).to_pylist()))
 
+    @cached_property
+    def values(self) -> dict[str, tuple[str, ...]]:
+        """The values of each column, sorted."""
+
+        def of(column: str) -> tuple[str, ...]:
+            found = pc.unique(pc.map_lookup(self.images["metadata"], column, "first")).to_pylist()
+            return tuple(sorted(value for value in found if value is not None))
+
+        return {column: of(column) for column in self.metadata}
+
     def with_metadata(self, column: str, value: str) -> np.ndarray:
         """Which images, by place, have a value in a column [M]; `InputError` if none has."""
         if column not in self.metadata:
@@ -208,6 +236,16 @@ class Index:
         if not equal.any():
             raise InputError(f"no image of the index {self.uri} has {column} {value!r}")
         return np.asarray(equal)
+
+    def allowed(
+        self, category: str | None, where: Iterable[tuple[str, str]] = ()
+    ) -> np.ndarray | None:
+        """Which images, by place, are of a category and have all values of metadata columns [M];
+        None for all of them."""
+        masks = [self.with_metadata(column, value) for column, value in where]
+        if category is not None:
+            masks.append(self.of_category(category))
+        return np.logical_and.reduce(masks) if masks else None
 
     @cached_property
     def segments(self) -> dict[str, Segment]:
@@ -265,6 +303,20 @@ class Index:
         """
         effort = None if exact else self.effort
         return Found.of_keys(self.best(query_QD, top, excluded, allowed, effort))
+
+    def winning_tokens(self, query_QD: Tensor, place_QK: np.ndarray) -> np.ndarray:
+        """Which of an image's vectors gives its score, [Q, K]; -1 where there is no image."""
+        token_QK = np.full(place_QK.shape, -1)
+        places = np.unique(place_QK[place_QK >= 0])
+        for segment in self.segments.values():
+            rows = np.flatnonzero(np.isin(segment.places, places) & (segment.places >= 0))
+            image_MTD = segment.embeddings(rows)
+            row_of = np.full(len(self) + 1, -1)  # the last is of place -1
+            row_of[segment.places[rows]] = np.arange(len(rows))
+            for query_D, own, tokens in zip(query_QD.numpy(), place_QK, token_QK, strict=True):
+                here = row_of[own] >= 0
+                tokens[here] = (image_MTD[row_of[own[here]]] @ query_D).argmax(axis=1)
+        return token_QK
 
     def best(
         self,

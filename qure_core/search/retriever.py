@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 
@@ -15,8 +15,7 @@ from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.data.images import read_image_bytes
 from qure_core.embeddings.encoder import Encoder, Picture
-from qure_core.model.checkpoint_files import checkpoint_digest
-from qure_core.search.index import Index
+from qure_core.search.index import CACHE, Index, checkpoint_of
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,16 @@ class Question:
     """A reference image (a path, a URI, a picture, or the id of an image of the index) with a
     modification text; either may be left out.
 
-    category: look among its images alone. exclude: ids that are not to be found. The reference, and
-    what has the same bytes, is never found, unless it is given as a picture.
+    category: look among its images alone. exclude: ids that are not to be found. where: values that
+    columns of the corpus's metadata are to have. The reference, and what has the same bytes, is
+    never found, unless it is given as a picture.
     """
 
     image: Picture | None = None
     text: str | None = None
     category: str | None = None
     exclude: tuple[str, ...] = ()
+    where: tuple[tuple[str, str], ...] = ()
 
 
 class Retriever:
@@ -57,23 +58,16 @@ class Retriever:
         index: str | PathLike[str],
         checkpoint: str | PathLike[str] | None = None,
         device: str | None = None,
+        cache: str = CACHE,
     ) -> Retriever:
-        """The index at a path or URI. ``checkpoint`` says where the one it was made with is now.
+        """The index at a path or URI. ``checkpoint`` says where the one it was made with is now;
+        copies of a remote index are kept in ``cache``.
 
         Raises `InputError` if either is not there, is damaged, or is of another checkpoint.
         """
-        opened = Index.open(fspath(index))
-        source = storage.resolve(fspath(checkpoint or opened.manifest["checkpoint"]))
-        if not storage.is_committed(source):
-            raise InputError(
-                f"{source}: the checkpoint that the index {opened.uri} was made with is not there; "
-                "say with --checkpoint where it is now"
-            )
-        if checkpoint_digest(source) != opened.manifest["checkpoint_digest"]:
-            raise InputError(
-                f"{source}: other weights than those that the index {opened.uri} was made with; "
-                "build the index again with this checkpoint, or give its own"
-            )
+        opened = Index.open(fspath(index), cache)
+        given = fspath(checkpoint) if checkpoint else None
+        source = checkpoint_of(opened.uri, opened.manifest, given)
         options = {
             "precision": opened.manifest["vision_precision"],
             "max_pixels": opened.manifest["max_image_pixels"],
@@ -87,10 +81,12 @@ class Retriever:
         top: int = 20,
         category: str | None = None,
         exclude: Collection[str] = (),
+        where: Mapping[str, str] | None = None,
     ) -> list[Answer]:
         """The ``top`` images that fit best: a reference image changed as the text says, or what
         one of both alone is like."""
-        return self.ask_all([Question(image, text, category, tuple(exclude))], top)[0]
+        values = tuple((where or {}).items())
+        return self.ask_all([Question(image, text, category, tuple(exclude), values)], top)[0]
 
     def ask_all(self, questions: Sequence[Question], top: int = 20) -> list[list[Answer]]:
         """Answers of every question; raises `InputError` naming the one that cannot be asked."""
@@ -99,9 +95,10 @@ class Retriever:
         excluded = [self._excluded(question) for question in questions]
         query_QD = torch.cat([self.embed(question) for question in questions])
         answers: list[list[Answer]] = [[] for _ in questions]
-        for category in dict.fromkeys(question.category for question in questions):
-            rows = [i for i, question in enumerate(questions) if question.category == category]
-            allowed = None if category is None else self.index.of_category(category)
+        filters = [(question.category, question.where) for question in questions]
+        for own in dict.fromkeys(filters):
+            rows = [i for i, other in enumerate(filters) if other == own]
+            allowed = self.index.allowed(*own)
             found = self.index.search(query_QD[rows], top, [excluded[i] for i in rows], allowed)
             for row, places, scores in zip(rows, found.place_QK, found.score_QK, strict=True):
                 answers[row] = [

@@ -1,0 +1,108 @@
+"""The service's Ray Serve application: encoders, shares of the index, and the ingress."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from qure_core.serve.ingress import make_app
+from qure_core.serve.options import Options, Version
+from qure_core.serve.replicas import Asked, Encoded, Encoders, Shares, Wanted
+
+_AT_ONCE = 64  # calls that a replica takes on
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many processes, and what each is given."""
+
+    encoders: int = 1
+    shares: int = 1
+    ingresses: int = 1
+    cpus: int = 1
+    gpus: float = 0
+
+
+class _Replicas:
+    """`Backend` over Ray Serve's handles."""
+
+    def __init__(self, encoders: Any, shares: Sequence[Any]) -> None:
+        self._encoders, self._shares = encoders, shares
+
+    async def embed(self, asked: Asked) -> Encoded:
+        encoded: Encoded = await self._encoders.embed.remote(asked)
+        return encoded
+
+    async def search(
+        self, version: Version, query: np.ndarray, wanted: Wanted
+    ) -> tuple[np.ndarray, float]:
+        found = await asyncio.gather(
+            *(share.search.remote(version, query, wanted) for share in self._shares)
+        )
+        keys = np.sort(np.concatenate([own for own, _ in found]))[: wanted.top]
+        return keys, max(seconds for _, seconds in found)
+
+    async def tokens(self, version: Version, query: np.ndarray, places: Sequence[int]) -> list[int]:
+        tokens: list[int] = await self._shares[0].tokens.remote(version, query, places)
+        return tokens
+
+    async def attention(self, version: Version, uri: str, token: int) -> dict[str, Any] | str:
+        found: dict[str, Any] | str = await self._encoders.attention.remote(version, uri, token)
+        return found
+
+    async def ready(self, version: Version) -> None:
+        everyone = (self._encoders, *self._shares)
+        await asyncio.gather(*(each.ready.remote(version) for each in everyone))
+
+
+@serve.ingress()
+class Ingress:
+    """Replica of the ingress: the routes, and the handles behind them."""
+
+    def __init__(
+        self, options: Options, encoders: DeploymentHandle[Any], *shares: DeploymentHandle[Any]
+    ) -> None:
+        self._options, self._replicas = options, _Replicas(encoders, shares)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return make_app(self._options, self._replicas)
+
+
+def _deployed(replica: type, **options: Any) -> Any:
+    return serve.deployment(**options)(replica)
+
+
+def application(options: Options, sizes: Sizes) -> Any:
+    """The application, to be run by Ray Serve."""
+    actor = {"num_cpus": sizes.cpus}
+    encoders = _deployed(
+        Encoders,
+        name="encoders",
+        num_replicas=sizes.encoders,
+        max_ongoing_requests=_AT_ONCE,
+        ray_actor_options=actor | {"num_gpus": sizes.gpus},
+    ).bind(options, sizes.cpus)
+    shares = [
+        _deployed(
+            Shares,
+            name=f"index-{number}",
+            max_ongoing_requests=_AT_ONCE,
+            ray_actor_options=actor,
+        ).bind(options, (number, sizes.shares), sizes.cpus)
+        for number in range(sizes.shares)
+    ]
+    ingress = _deployed(
+        Ingress,
+        name="ingress",
+        num_replicas=sizes.ingresses,
+        # The ingress refuses by itself what is too many; it has to be reached for that.
+        max_ongoing_requests=options.waiting + 1000,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return ingress.bind(options, encoders, *shares)
