@@ -36,8 +36,23 @@ HEADERS = {
 }
 
 
-class TooMuch(Exception):
+class _TooMuch(Exception):
     """A request sent more than it may."""
+
+
+class _Body:
+    """What a request sends, until it is too much."""
+
+    def __init__(self, receive: Receive, left: int) -> None:
+        self._receive, self._left, self.too_much = receive, left, False
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            self.too_much = True
+            raise _TooMuch
+        return message
 
 
 class Guard:
@@ -57,9 +72,12 @@ class Guard:
             for name, value in scope["headers"]
         }
         begun = False
+        body = _Body(receive, self.options.upload_mb * 2**20)
 
         async def answer(message: Message) -> None:
             nonlocal begun
+            if body.too_much and not begun:
+                raise _TooMuch  # whatever was made of a body that was cut off
             if message["type"] == "http.response.start":
                 begun = True
                 own = {name.lower() for name, _ in message["headers"]}
@@ -94,8 +112,9 @@ class Guard:
             self.waiting += 1
             try:
                 async with asyncio.timeout(self.options.seconds):
-                    await self.app(scope, self._bounded(receive), answer)
-            except TooMuch:
+                    await self.app(scope, body, answer)
+            except _TooMuch:
+                body.too_much = False
                 if not begun:
                     await refuse(413, f"a request may send {self.options.upload_mb} MB")
             except TimeoutError:
@@ -103,19 +122,6 @@ class Guard:
                     await refuse(504, f"no answer in {self.options.seconds:g} s")
             finally:
                 self.waiting -= 1
-
-    def _bounded(self, receive: Receive) -> Receive:
-        left = self.options.upload_mb * 2**20
-
-        async def bounded() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise TooMuch
-            return message
-
-        return bounded
 
     def _is_called_rightly(self, host: str) -> bool:
         """A page elsewhere that has its own name resolve to this machine calls by that name."""

@@ -21,10 +21,14 @@ from qure_core.mining.engines.ranked import LOOKED_AT, Ranked, RankedEnds
 from qure_core.mining.rules.likeness import likeness_to_target
 from qure_core.mining.rules.rule import IMAGE_TOKENS, THRESHOLD, Selection
 
-DROP, BELOW_TARGET, CORPUS = 0, 1, 2
-STATUSES = ("drop", "below_target", "corpus")
+DROP, BELOW_TARGET, CORPUS, UNSURE = 0, 1, 2, 3
+STATUSES = ("drop", "below_target", "corpus", "unsure")
 """How a query's negatives were found: below a drop of likeness; all candidates, which are too few
-or too alike to have one, with images below the target, or with none."""
+or too alike to have one, with images below the target, or with none; further down, for the target
+is not among as many best images as are looked at: who is right, model or label, is not known."""
+_FURTHER = LOOKED_AT // 2
+"""The rank from which such a query's negatives are, up to `LOOKED_AT`: with a wrong label the best
+images answer the query, and nothing of their likeness to that label tells."""
 
 
 class TargetDropOptions(BaseModel, extra="forbid"):
@@ -42,11 +46,13 @@ class TargetDrop:
 
     A candidate's likeness is `token_likeness` of the target to it. Candidates are sorted by it;
     of the first K/2 gaps the largest (the first of equal ones) is the drop. One sort of the corpus,
-    and K x T x T x D products a query.
+    and K x T x T x D products a query. Among "anywhere", a target below rank K leaves all
+    candidates alone (`UNSURE`).
     """
 
     name: ClassVar[str] = "target_drop"
-    version: ClassVar[int] = 2  # since then copies that fill half of the candidates are left alone
+    # 2: copies that fill half of the candidates are left alone; 3: queries may be unsure.
+    version: ClassVar[int] = 3
     statuses: ClassVar[tuple[str, ...]] = STATUSES
     found: ClassVar[str] = "below a drop of likeness"
     details: ClassVar[Mapping[str, Any]] = {
@@ -78,6 +84,10 @@ class TargetDrop:
         ranks = np.arange(first, min(length, first + self.chosen.candidates + 1))
         return ranks[ranks != target][: self.chosen.candidates]
 
+    def _is_unsure(self, target: int) -> bool:
+        """Whether a target ranks so low that its label, or the model, is not to be trusted."""
+        return self.chosen.among == "anywhere" and target >= self.chosen.candidates
+
     def select(self, ranked: Ranked | RankedEnds) -> Selection:
         """The hard negatives of every query."""
         status, details, members, marks, spans, left_alone = [], [], {}, [], [], []
@@ -92,14 +102,26 @@ class TargetDrop:
             sorted_K = likeness[order]
             above = _above_the_drop(sorted_K)
             below = targets[query] < lengths[query] - 1
-            status.append(DROP if above else BELOW_TARGET if below else CORPUS)
+            unsure = self._is_unsure(targets[query])
+            if unsure:
+                above = len(order)
+                rest = _further_down(lengths[query], targets[query])
+            else:
+                rest = candidates[np.sort(order[above:])]
+            status.append(
+                UNSURE if unsure else DROP if above else BELOW_TARGET if below else CORPUS
+            )
             left_alone.append(candidates[order[:above]])
-            members[query] = candidates[np.sort(order[above:])][: self.chosen.negatives]
+            members[query] = rest[: self.chosen.negatives]
             spans.append((int(members[query][0]), int(members[query][-1]) + 1))
             details.append(
                 {
-                    THRESHOLD: float(sorted_K[above - 1]) if above else None,
-                    "height": float(sorted_K[above - 1] - sorted_K[above]) if above else None,
+                    THRESHOLD: float(sorted_K[above - 1]) if above and not unsure else None,
+                    "height": (
+                        float(sorted_K[above - 1] - sorted_K[above])
+                        if above and not unsure
+                        else None
+                    ),
                     "left_alone": above,
                     "likeness": sorted_K,
                 }
@@ -119,11 +141,19 @@ class TargetDrop:
     def describe(details: Mapping[str, Any]) -> list[str]:
         """The drop, and what lies above it."""
         if details["threshold"] is None:
+            if details["left_alone"]:
+                return ["the target is not among the candidates, which are all left alone"]
             return []
         return [
             f"{details['left_alone']:,} candidates may fit and are left alone: as like the target "
             f"as {details['threshold']:.5f}, before a drop of {details['height']:.5f}"
         ]
+
+
+def _further_down(length: int, target: int) -> np.ndarray:
+    """Ranks from `_FURTHER` to `LOOKED_AT`, of few images those of the worse half."""
+    ranks = np.arange(min(_FURTHER, length // 2), min(length, LOOKED_AT))
+    return ranks[ranks != target]
 
 
 def _above_the_drop(sorted_K: np.ndarray) -> int:

@@ -207,16 +207,21 @@ function restart() {
 
 async function browse() {
   ended = true;
+  const mine = (asking = new AbortController());
   const category = choices().category;
   const wanted = new URLSearchParams({ count: 36, seed: Math.floor(Math.random() * 1e9) });
   if (category) wanted.set("category", category);
   try {
-    const found = await ask(`/v1/images?${wanted}`);
+    const found = await ask(`/v1/images?${wanted}`, { signal: mine.signal });
+    if (asking !== mine) return;
     at("results").replaceChildren(...found.map((one) => card(one, "")));
     say(`Some of ${index.images.toLocaleString()} pictures: choose one to begin from, or type what you look for.`);
   } catch (error) {
+    if (asking !== mine) return;
     complain(error.message);
     say("");
+  } finally {
+    if (asking === mine) asking = null;
   }
 }
 
