@@ -1,4 +1,5 @@
-# make train: set everything up and run the main job.  make test: linters and all tests.
+# make train: set everything up and run the main job.  make search: ask what it trained, on a page.
+# make test: linters and all tests.
 # make check: linters and the tests that need no Ray, for while one works.
 # TORCH is the build to install, e.g. make train TORCH="torch==2.14.1".
 VENV := .venv
@@ -8,7 +9,7 @@ CONFIG ?= configs/quickstart.yaml
 # Errors alone: warnings of pip's own settings are not this project's.
 PIP := $(VENV)/bin/pip install -qq --disable-pip-version-check
 
-.PHONY: train test check sample audit clean
+.PHONY: train search test check sample audit clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@echo "installing into $(VENV), once; this takes a few minutes ..."
@@ -32,6 +33,9 @@ sample: $(VENV)/.installed
 
 train: $(VENV)/.installed
 	@$(VENV)/bin/python cluster/local.py submit -- python pipelines/train.py --config $(CONFIG) $(ARGS)
+
+search: $(VENV)/.installed
+	@$(VENV)/bin/python cluster/ask.py --config $(CONFIG) $(ARGS)
 
 LINT = $(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 PYTEST = $(VENV)/bin/pytest -n 2 -rs --durations=30

@@ -6,7 +6,8 @@
 
 ``--image`` is a file, a URI, or the id of an image of the index; either of image and text may be
 left out. Lines of a batch are {"id": ..., "image": ..., "text": ..., "category": ..., "exclude":
-[...]}, of which all but image or text may be absent.
+[...], "where": {column: value}}, of which all but image or text may be absent; they are answered on
+the cluster, by Ray Data.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from qure_core import storage
 from qure_core.base.config import DataSettings
 from qure_core.base.errors import InputError
 from qure_core.data.layout import is_text
-from qure_core.runtime.command import run_main
+from qure_core.runtime.command import run_job, run_main
 
-_FIELDS = {"id", "image", "text", "category", "exclude"}
+_FIELDS = {"id", "image", "text", "category", "exclude", "where"}
 
 
 def read() -> argparse.Namespace:
@@ -36,12 +37,24 @@ def read() -> argparse.Namespace:
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="ID", help="not to be found; repeatable"
     )
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="look among images whose metadata has this value; repeatable",
+    )
+    parser.add_argument("--exact", action="store_true", help="score every image")
+    parser.add_argument("--cache", default=None, help="directory for copies of a remote index")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", help="write one page with the pictures to this file")
     parser.add_argument("--batch", help="questions, one JSON object a line: a path or URI")
     parser.add_argument("--output", help="of a batch: the Parquet file to write, a path or URI")
+    parser.add_argument("--actors", type=int, default=1, help="of a batch (%(default)s)")
+    parser.add_argument("--cpus", type=int, default=1, help="CPUs of an actor (%(default)s)")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs of an actor (%(default)s)")
     chosen = parser.parse_args()
-    for name in ("image", "text", "html", "category", "exclude", "json"):
+    for name in ("image", "text", "html", "category", "exclude", "json", "where", "exact"):
         if chosen.batch and getattr(chosen, name):
             raise InputError(f"--batch: its lines hold the questions; leave out --{name}")
     if bool(chosen.batch) != bool(chosen.output):
@@ -51,11 +64,11 @@ def read() -> argparse.Namespace:
     return chosen
 
 
-def questions_of(uri: str) -> list[tuple[str, dict[str, Any]]]:
-    """Ids and fields of a batch's lines."""
+def questions_of(uri: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """Places, ids and fields of a batch's lines."""
     if not storage.exists(uri):
         raise InputError(f"--batch: {uri} does not exist")
-    found: list[tuple[str, dict[str, Any]]] = []
+    found: list[tuple[str, str, dict[str, Any]]] = []
     ids: dict[str, int] = {}
     for number, line in enumerate(storage.read_bytes(uri).splitlines(), 1):
         if not line.strip():
@@ -71,55 +84,75 @@ def questions_of(uri: str) -> list[tuple[str, dict[str, Any]]]:
             raise InputError(f"{place}: {unknown[0]!r} is not one of {', '.join(sorted(_FIELDS))}")
         exclude = row.get("exclude", [])
         texts = [row[name] for name in ("id", "image", "text", "category") if name in row]
-        if not isinstance(exclude, list) or not all(map(is_text, (*exclude, *texts))):
-            raise InputError(f"{place}: its fields are texts, and exclude a list of them")
+        where = row.get("where", {})
+        listed = isinstance(exclude, list) and isinstance(where, dict)
+        if not listed or not all(map(is_text, (*exclude, *texts, *where.values()))):
+            raise InputError(
+                f"{place}: its fields are texts, exclude a list of them, where an object of them"
+            )
         if not row.get("image") and not (row.get("text") or "").strip():
             raise InputError(f"{place}: has neither image nor text")
         name = row.get("id", str(number))
         if name in ids:
             raise InputError(f"{place}: id {name!r} is also that of line {ids[name]}")
         ids[name] = number
-        found.append((name, row))
+        found.append((place, name, row))
     if not found:
         raise InputError(f"--batch: {uri} holds no questions")
     return found
 
 
-def main() -> None:
+def answer_many(chosen: argparse.Namespace) -> None:
+    from qure_core.runtime.resources import connect
+    from qure_core.search.batch import answer_batch
+    from qure_core.search.index import CACHE
+
+    questions = questions_of(storage.resolve(chosen.batch))
+    output = storage.resolve(chosen.output)
+    storage.check_writable(output.rsplit("/", 1)[0], "--output")
+    connect()
+    answer_batch(
+        storage.resolve(chosen.index),
+        questions,
+        output,
+        top=chosen.top,
+        checkpoint=chosen.checkpoint and storage.resolve(chosen.checkpoint),
+        cache=chosen.cache or CACHE,
+        actors=chosen.actors,
+        resources={"num_cpus": chosen.cpus, "num_gpus": chosen.gpus},
+    )
+    print(f"answered {len(questions):,} question(s): {output}", flush=True)
+
+
+def answer_one(chosen: argparse.Namespace) -> None:
     from qure_core.report.answers import answers_page
     from qure_core.search import Retriever
-    from qure_core.search.answers import write_answers
-    from qure_core.search.retriever import Question
+    from qure_core.search.index import CACHE
+    from qure_core.search.likely import likely_matches
 
-    chosen = read()
-    for name in ("html", "output"):
-        value = getattr(chosen, name)
-        if value and storage.exists(storage.resolve(value)):
-            raise InputError(f"--{name}: {value} exists already; choose another name")
-    retriever = Retriever.open(chosen.index, chosen.checkpoint)
-    if chosen.batch:
-        rows = questions_of(storage.resolve(chosen.batch))
-        questions = [
-            Question(
-                row.get("image"),
-                row.get("text"),
-                row.get("category"),
-                tuple(row.get("exclude", ())),
-            )
-            for _, row in rows
-        ]
-        output = storage.resolve(chosen.output)
-        names = [name for name, _ in rows]
-        write_answers(output, names, retriever.ask_all(questions, chosen.top))
-        print(f"answered {len(rows):,} question(s): {output}")
-        return
-    answers = retriever.ask(chosen.image, chosen.text, chosen.top, chosen.category, chosen.exclude)
+    if chosen.html:
+        storage.check_writable(storage.resolve(chosen.html).rpartition("/")[0] or ".", "--html")
+    where = {}
+    for text in chosen.where:
+        column, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--where: {text!r} is not COLUMN=VALUE")
+        where[column] = value
+    retriever = Retriever.open(chosen.index, chosen.checkpoint, cache=chosen.cache or CACHE)
+    answers = retriever.ask(
+        *(chosen.image, chosen.text, chosen.top, chosen.category, chosen.exclude),
+        where=where,
+        exact=chosen.exact,
+    )
     if chosen.json:
         print(json.dumps([answer.__dict__ for answer in answers], indent=2))
     else:
+        likely = likely_matches([answer.score for answer in answers])
         print(f"{'':>4}  {'score':>7}  image")
         for answer in answers:
             print(f"{answer.rank:>4}  {answer.score:>7.4f}  {answer.image_id}")
+            if answer.rank == likely < len(answers):
+                print(f"{'':>4}  {'-' * 7}  likely matches above")
     if chosen.html:
         image = chosen.image and str(retriever.source(chosen.image))
         made = retriever.index.manifest
@@ -129,5 +162,21 @@ def main() -> None:
         print(f"page: {storage.resolve(chosen.html)}", file=sys.stderr)
 
 
+def checked() -> argparse.Namespace:
+    chosen = read()
+    for name in ("html", "output"):
+        value = getattr(chosen, name)
+        if value and storage.exists(storage.resolve(value)):
+            raise InputError(f"--{name}: {value} exists already; choose another name")
+    return chosen
+
+
+def main() -> None:
+    if any(word.split("=")[0] == "--batch" for word in sys.argv[1:]):
+        run_job("search", checked, answer_many)
+    else:
+        run_main(lambda: answer_one(checked()))
+
+
 if __name__ == "__main__":
-    run_main(main)
+    main()

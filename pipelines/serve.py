@@ -11,7 +11,10 @@ go on. Ctrl-C ends all of it. Routes: /openapi.json, cluster/README.md.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.runtime.command import run_job
 
+_SCREENS = {"DISPLAY", "WAYLAND_DISPLAY"}
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
@@ -42,6 +46,7 @@ def read() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30.0, help="that a request may take")
     parser.add_argument("--upload-mb", type=int, default=20, help="that a request may send")
     parser.add_argument("--poll", type=float, default=5.0, help="seconds between looks for news")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
     parser.add_argument("--cache", help="directory for copies of a remote index")
     chosen = parser.parse_args()
     for name in ("encoders", "shares", "ingresses", "cpus", "waiting", "upload_mb"):
@@ -119,7 +124,12 @@ def work(chosen: Any) -> None:
         logging_config={"enable_access_log": False},
     )
     shown = "127.0.0.1" if chosen.host in ("0.0.0.0", "::") else chosen.host
-    print(f"serving {len(index):,} images: http://{shown}:{port}/", flush=True)
+    address = f"http://{shown}:{port}/"
+    print(f"serving {len(index):,} images: {address}", flush=True)
+    # Without a screen, a browser of text would take the terminal.
+    if chosen.open and (sys.platform == "darwin" or os.environ.keys() & _SCREENS):
+        webbrowser.open(address)
+    print("Ctrl-C ends it", flush=True)
     try:
         while True:
             time.sleep(3600)

@@ -62,7 +62,7 @@ def corpus_tiles(
             # Neighbours, as in a corpus of every image, need no copy of their own.
             together = take[-1] - take[0] + 1 == len(take)
             part = values[take[0] : take[-1] + 1] if together else values[take]
-            tile_MTD[filled : filled + len(take)] = _read_only(part)
+            tile_MTD[filled : filled + len(take)] = read_only(part)
             filled += len(take)
             if filled == IMAGE_TILE:
                 yield start, tile_MTD
@@ -73,7 +73,7 @@ def corpus_tiles(
     assert start == last, f"{last - start} corpus images have no embedding"
 
 
-def _read_only(values: np.ndarray) -> Tensor:
+def read_only(values: np.ndarray) -> Tensor:
     """A tensor over a memory map, which torch warns may not be written; here it is not."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

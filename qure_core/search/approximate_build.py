@@ -26,7 +26,7 @@ from qure_core.ranking.blocks import prepare_worker
 from qure_core.runtime.in_process import device_here
 from qure_core.runtime.progress import Progress
 from qure_core.search.approximate import Effort, ivf_of
-from qure_core.search.index import FAISS_KIND, Found, Index, part_file
+from qure_core.search.index import FAISS_KIND, Found, Index, part_bounds, part_file
 from qure_core.search.questions import Questions
 from qure_core.search.segments import Segment
 
@@ -114,8 +114,8 @@ class _Source:
     part_rows: int
 
     @property
-    def parts(self) -> int:
-        return -(-self.rows // self.part_rows)
+    def parts(self) -> list[tuple[int, int]]:
+        return part_bounds(self.rows, self.part_rows)
 
     def vectors(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """The chosen vectors [n x positions, D] of some rows at a time, float32."""
@@ -139,9 +139,7 @@ def _add(trained: str, source: _Source, part: int, output: str) -> dict[str, Any
     if storage.exists(output):
         return None
     index = _read(storage.read_bytes(trained))
-    first = part * source.part_rows
-    last = min(first + source.part_rows, source.rows)
-    for vectors in source.vectors(np.arange(first, last)):
+    for vectors in source.vectors(np.arange(*source.parts[part])):
         index.add(vectors)
     return _write(index, output)
 
@@ -173,7 +171,9 @@ def make_faiss(
     What ``before``, the version before, has is taken over where it serves; what a killed build has
     written too. ``cpus`` are those of the task that trains.
     """
-    truth_QK = index.search(questions.query_QD, _ANSWERS, questions.excluded, exact=True).place_QK
+    out, tile = questions.excluded, len(questions.query_QD)
+    keys = index.best(questions.query_QD, _ANSWERS, out, None, None, tile)
+    truth_QK = Found.of_keys(keys).place_QK
     vectors = len(index) * index.manifest["tokens"]
     made: dict[str, Any]
     if before and _still_fits(before, search, vectors):
@@ -258,7 +258,7 @@ def _parts(index: Index, trained: str, sources: dict[str, _Source]) -> dict[str,
             continue
         storage.resume(uri, FAISS_KIND, facts)
         known[name] = {}
-        for part in range(source.parts):
+        for part in range(len(source.parts)):
             output = storage.join(uri, part_file(part))
             tasks.append(partial(_add, storage.join(index.uri, trained), source, part, output))
             owners.append((name, part_file(part)))

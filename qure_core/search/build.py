@@ -151,7 +151,7 @@ def build_index(
         description["questions"] = embedded_questions(settings, plan, checkpoint, corpus, index)
         before = storage.read_manifest(output, INDEX_KIND) if storage.is_committed(output) else {}
         questions = open_questions(index, description["questions"])
-        cpus = settings.cluster.cpus_per_embed_actor
+        cpus = max(settings.cluster.cpus_per_embed_actor, settings.cluster.cpus_per_train_worker)
         description["faiss"], files = make_faiss(
             index, questions, settings.search, before.get("faiss"), cpus
         )

@@ -66,6 +66,12 @@ _FEW = 5_000  # images of which all are scored rather than some found
 _PAIRS = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
 
 
+def part_bounds(rows: int, most: int) -> list[tuple[int, int]]:
+    """First and last row of a segment's parts: as even as can be, of ``most`` rows at most."""
+    parts = -(-rows // most)
+    return [(rows * n // parts, rows * (n + 1) // parts) for n in range(parts)]
+
+
 def part_file(part: int) -> str:
     return f"part-{part:05d}.faiss"
 
@@ -265,19 +271,18 @@ class Index:
         """What is searched, of this index's share."""
         made = self.manifest.get("faiss")
         found = []
-        step = self.manifest["part_rows"]
         for name, segment in self.segments.items():
             rows = len(segment.places)
             folder = None
             if made:
                 folder = storage.join(self.uri, made["parts"][name])
                 folder = storage.kept_copy(folder, FAISS_KIND, self.cache)
-            for number, first in enumerate(range(0, rows, step)):
+            for number, (first, last) in enumerate(part_bounds(rows, self.manifest["part_rows"])):
                 own = None
                 if folder and made:
                     path = storage.filesystem(storage.join(folder, part_file(number)))[1]
                     own = PartIndex(path, len(made["positions"]))
-                found.append(Part(segment, first, min(first + step, rows), own))
+                found.append(Part(segment, first, last, own))
         return found[self.share[0] :: self.share[1]]
 
     @property
@@ -325,27 +330,29 @@ class Index:
         excluded: Sequence[Sequence[int]] | None,
         allowed: np.ndarray | None,
         effort: Effort | None,
+        tile: int = _TILE,
     ) -> Tensor:
         """`search` as ascending keys [Q, K] of scores and places, which can be merged; with None
-        for ``effort`` exactly."""
+        for ``effort`` exactly. Another ``tile``, of many queries, is quicker, and gives other last
+        bits."""
         query_QD = torch.as_tensor(query_QD, dtype=torch.float32)
         usable = [part.usable(allowed) for part in self.parts]
         left = sum(int(rows.sum()) for rows in usable)
         if effort is None or (allowed is not None and left <= max(_FEW, len(self) // 50)):
             step, effort = _BLOCK, None
         else:
-            step = _TILE
+            step = tile
         blocks = []
         for first in range(0, len(query_QD), step):
             block, out = query_QD[first : first + step], (excluded or ())[first : first + step]
-            keys = self._best(block, top, out, usable, effort)
+            keys = self._best(block, top, out, usable, effort, tile)
             if effort is not None:
                 # A query of which FAISS found fewer than there are is answered exactly.
                 for row, found in enumerate((keys != LAST_KEY).sum(dim=1).tolist()):
                     there = left - (len(out[row]) if out else 0)
                     if found < min(top, there):
                         one = slice(row, row + 1)
-                        own = self._best(block[one], top, out[one], usable, None)
+                        own = self._best(block[one], top, out[one], usable, None, tile)
                         keys = _padded(keys, own.shape[1])
                         keys[one] = _padded(own, keys.shape[1])
             blocks.append(keys)
@@ -360,9 +367,10 @@ class Index:
         excluded: Sequence[Sequence[int]],
         usable: Sequence[np.ndarray],
         effort: Effort | None,
+        tile: int,
     ) -> Tensor:
         best_QK = torch.full((len(query_QD), 0), LAST_KEY, dtype=torch.int64)
-        scorer = Scorer(query_QD, tile=_TILE)
+        scorer = Scorer(query_QD, tile=tile)
         out = [torch.tensor(places, dtype=torch.int32) for places in excluded]
         wanted = top + max(map(len, excluded), default=0)
         for part, rows in zip(self.parts, usable, strict=True):

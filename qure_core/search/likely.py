@@ -6,13 +6,15 @@ they fall most steeply; so does this, among the best.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 LOOKED_AT = 50
 """Best answers among which the drop is sought."""
 
 
-def likely_matches(score_K: np.ndarray) -> int:
+def likely_matches(score_K: Sequence[float] | np.ndarray) -> int:
     """How many answers stand above the steepest drop of the best scores, which are sorted.
 
     At least one of any; all, where no score differs from another.

@@ -82,24 +82,40 @@ class Retriever:
         category: str | None = None,
         exclude: Collection[str] = (),
         where: Mapping[str, str] | None = None,
+        exact: bool = False,
     ) -> list[Answer]:
         """The ``top`` images that fit best: a reference image changed as the text says, or what
-        one of both alone is like."""
+        one of both alone is like. ``exact``: all are scored, whatever FAISS could find."""
         values = tuple((where or {}).items())
-        return self.ask_all([Question(image, text, category, tuple(exclude), values)], top)[0]
+        question = Question(image, text, category, tuple(exclude), values)
+        return self.ask_all([question], top, exact=exact)[0]
 
-    def ask_all(self, questions: Sequence[Question], top: int = 20) -> list[list[Answer]]:
-        """Answers of every question; raises `InputError` naming the one that cannot be asked."""
+    def ask_all(
+        self,
+        questions: Sequence[Question],
+        top: int = 20,
+        names: Sequence[str] | None = None,
+        exact: bool = False,
+    ) -> list[list[Answer]]:
+        """Answers of every question; raises `InputError` of the first that cannot be asked, after
+        its name if there are ``names``."""
         if top < 1:
             raise InputError(f"top: {top} is less than 1")
-        excluded = [self._excluded(question) for question in questions]
-        query_QD = torch.cat([self.embed(question) for question in questions])
+        excluded = []
+        for row, question in enumerate(questions):
+            try:
+                excluded.append(self._excluded(question))
+                self.index.allowed(question.category, question.where)
+            except InputError as error:
+                raise (InputError(f"{names[row]}: {error}") if names else error) from None
+        query_QD = self.embed(questions)
         answers: list[list[Answer]] = [[] for _ in questions]
         filters = [(question.category, question.where) for question in questions]
         for own in dict.fromkeys(filters):
             rows = [i for i, other in enumerate(filters) if other == own]
             allowed = self.index.allowed(*own)
-            found = self.index.search(query_QD[rows], top, [excluded[i] for i in rows], allowed)
+            out = [excluded[i] for i in rows]
+            found = self.index.search(query_QD[rows], top, out, allowed, exact)
             for row, places, scores in zip(rows, found.place_QK, found.score_QK, strict=True):
                 answers[row] = [
                     self._answer(rank, int(place), float(score))
@@ -108,16 +124,19 @@ class Retriever:
                 ]
         return answers
 
-    def embed(self, question: Question) -> Tensor:
-        """A question's embedding [1, D]."""
-        text = (question.text or "").strip()
-        if question.image is None:
-            if not text:
-                raise InputError("ask with an image, a text, or both")
-            return self.encoder.encode_queries(texts=[text], show_progress=False)
-        return self.encoder.encode_queries(
-            [self.source(question.image)], [text], show_progress=False
-        )
+    def embed(self, questions: Sequence[Question]) -> Tensor:
+        """Questions' embeddings [Q, D]."""
+        query_QD = torch.empty(len(questions), self.index.manifest["width"])
+        texts = [(question.text or "").strip() for question in questions]
+        for pictures in (False, True):
+            rows = [i for i, one in enumerate(questions) if (one.image is not None) == pictures]
+            if rows:
+                images = [self.source(one.image) for i in rows if (one := questions[i]).image]
+                words = [texts[row] for row in rows]
+                query_QD[rows] = self.encoder.encode_queries(
+                    images if pictures else None, words, show_progress=False
+                )
+        return query_QD
 
     def source(self, image: Picture) -> Picture:
         """Where a reference image is: of an id of the index its URI, else itself, resolved."""
@@ -135,6 +154,9 @@ class Retriever:
         return None
 
     def _excluded(self, question: Question) -> list[int]:
+        """Places that a question is not to find; `InputError` if it cannot be asked."""
+        if question.image is None and not (question.text or "").strip():
+            raise InputError("ask with an image, a text, or both")
         places = self.index.places(question.exclude)
         image = question.image
         if (place := self._place(image)) is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qure_core import storage
 from qure_core.embeddings.shards import EMBEDDINGS_KIND, EmbeddingShards
-from qure_core.ranking.tiles import IMAGE_TILE
+from qure_core.ranking.tiles import IMAGE_TILE, read_only
 from qure_core.storage.fetch import kept_copy
 
 
@@ -49,7 +49,6 @@ class Segment:
         tile_MTD = torch.empty(IMAGE_TILE, self.shards.tokens, self.shards.width)
         for first in range(0, len(rows), IMAGE_TILE):
             some = rows[first : first + IMAGE_TILE]
-            into = tile_MTD.numpy()
             shard_of = np.searchsorted(self._first_rows, some, side="right") - 1
             for shard in range(shard_of[0], shard_of[-1] + 1):
                 chosen = np.flatnonzero(shard_of == shard)
@@ -58,7 +57,7 @@ class Segment:
                     values = self._values[shard]
                     together = own[-1] - own[0] + 1 == len(own)
                     part = values[own[0] : own[-1] + 1] if together else values[own]
-                    into[chosen[0] : chosen[-1] + 1] = part
+                    tile_MTD[chosen[0] : chosen[-1] + 1] = read_only(part)
             yield some, tile_MTD[: len(some)]
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from qure_core.embeddings.shards import EMBEDDINGS_KIND, shard_files
 from qure_core.embeddings.stage import write_shard
 from qure_core.features.store import FEATURES_KIND, INDEX_SCHEMA, StoredFeatures
 from qure_core.search.approximate_build import make_faiss, wanted
-from qure_core.search.index import INDEX_KIND
+from qure_core.search.index import INDEX_KIND, Index
 from qure_core.search.questions import Questions
 from qure_core.search.version import Version
 from qure_core.storage.arrow import write_arrow
@@ -91,10 +91,14 @@ def write_index(
     uri: str, images: int, tokens: int, width: int, search: SearchSettings, queries: int = 200
 ) -> dict[str, Any]:
     """Commit an index of images without files, as pipelines/index.py does once they are embedded;
-    return its manifest."""
-    storage.begin(uri, INDEX_KIND)
+    return its manifest. Embeddings that are there are kept."""
+    name = "segment-0000000000000000"
     ids = [f"i{n:08d}" for n in range(images)]
-    rows = write_segment(uri, "segment-0000000000000000", ids, tokens, width, 0)
+    if storage.is_committed(uri):
+        rows = Index.open(uri).images.to_pylist()
+    else:
+        storage.begin(uri, INDEX_KIND)
+        rows = write_segment(uri, name, ids, tokens, width, 0)
     version = Version(
         uri,
         {"checkpoint": "", "checkpoint_digest": ""},
@@ -105,7 +109,7 @@ def write_index(
     if wanted(search, images * tokens):
         vectors = clustered_vectors((queries, width), 77, torch.float32)
         questions = Questions(torch.from_numpy(vectors), np.full(queries, -1))
-        description["faiss"], files = make_faiss(version.opened(), questions, search, None, 1)
+        description["faiss"], files = make_faiss(version.opened(), questions, search, None, 2)
     return version.commit(description, 0.0, files)
 
 
