@@ -10,6 +10,7 @@ what follows from it and the config.
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import shlex
 import string
@@ -26,7 +27,7 @@ from qure_core.runtime.command import run_main
 from qure_core.runtime.settings import load_settings
 
 HERE = Path(__file__).parent
-MANIFESTS = ("networkpolicy", "raycluster", "rayjob", "mining-cronjob")
+MANIFESTS = ("networkpolicy", "raycluster", "rayjob", "mining-cronjob", "rayservice")
 _WHOLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -47,6 +48,7 @@ class Values(BaseModel):
     config: str = Field(description="a name of configs/, without .yaml")
     data_root: str = Field(pattern=f"^{_SHARED}$", description="a URI that all pods reach")
     run_dir: str = Field(pattern=f"^{_SHARED}$", description="a URI that all pods reach")
+    index: str = Field(pattern=f"^{_SHARED}$", description="a URI that all pods reach")
     feature_store: str = Field(pattern=f"^{_SHARED}$", description="a URI that all pods reach")
     storage_secret: str = Field(pattern=f"^{_NAME}$", description="the name of a Secret")
     schedule: str = Field(pattern=f"^({_CRON})$", description='five fields of cron, "*/30 * * * *"')
@@ -54,6 +56,7 @@ class Values(BaseModel):
     worker_cpus: int = Field(ge=1, description="a whole number, 1 or more")
     worker_memory: str = Field(pattern=f"^{_QUANTITY}$", description="a quantity such as 64Gi")
     head_memory: str = Field(pattern=f"^{_QUANTITY}$", description="a quantity such as 24Gi")
+    encoders: int = Field(ge=1, description="a whole number, 1 or more")
     scale_up_seconds: int = Field(ge=0, description="a whole number of seconds")
 
     @field_validator("config")
@@ -142,6 +145,41 @@ def _fill(node: Any, values: dict[str, Any]) -> Any:
     return string.Template(node).substitute(values)
 
 
+SERVE_PORT = 8000
+
+
+def _serve_config(values: dict[str, Any]) -> str:
+    """Ray Serve's config of the service."""
+    config = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": SERVE_PORT, "request_timeout_s": 35},
+        "applications": [
+            {
+                "name": "search",
+                "route_prefix": "/",
+                "import_path": "qure_core.serve.application:built",
+                "args": {"index": values["index"], "encoders": values["encoders"], "gpus": 1},
+            }
+        ],
+    }
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def _serving(cluster: dict[str, Any], encoders: int) -> dict[str, Any]:
+    """The cluster's spec with the service's port open on every pod, its token, and pods that stay:
+    one for each encoder."""
+    spec = copy.deepcopy(cluster)
+    (workers,) = spec["workerGroupSpecs"]
+    workers |= {"replicas": encoders, "minReplicas": encoders}
+    workers["maxReplicas"] = max(workers["maxReplicas"], encoders)
+    reference = {"name": "qure-token", "key": "token", "optional": True}
+    for group in (spec["headGroupSpec"], workers):
+        for container in group["template"]["spec"]["containers"]:
+            container["ports"].append({"containerPort": SERVE_PORT, "name": "serve"})
+            container["env"] = [{"name": "QURE_TOKEN", "valueFrom": {"secretKeyRef": reference}}]
+    return spec
+
+
 def render(names: list[str], values: dict[str, Any]) -> list[dict[str, Any]]:
     """The named manifests as data."""
     values = values | {"ray_version": version("ray"), "arguments": _arguments(values)}
@@ -152,6 +190,8 @@ def render(names: list[str], values: dict[str, Any]) -> list[dict[str, Any]]:
         return _fill(yaml.safe_load((HERE / f"kubernetes/{name}.yaml").read_text()), values)
 
     values["cluster_spec"] = load("cluster-spec")
+    values["serve_config"] = _serve_config(values)
+    values["service_spec"] = _serving(values["cluster_spec"], values["encoders"])
     return [load(name) for name in names]
 
 

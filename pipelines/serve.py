@@ -21,6 +21,7 @@ from typing import Any
 from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.runtime.command import run_job
+from qure_core.serve.options import checked_token
 
 _SCREENS = {"DISPLAY", "WAYLAND_DISPLAY"}
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -57,18 +58,16 @@ def read() -> argparse.Namespace:
             raise InputError(f"--{name}: {getattr(chosen, name)} is not above 0")
     if not 0 <= chosen.port < 65536:
         raise InputError(f"--port: {chosen.port} is no port")
-    chosen.token = None
-    if chosen.token_file:
-        path = Path(chosen.token_file)
-        if not path.is_file():
-            raise InputError(f"--token-file: {path} is no file")
-        chosen.token = path.read_text().strip()
-        if not chosen.token.isascii() or len(chosen.token) < 8 or set(chosen.token) & set(' ;,"\\'):
-            raise InputError(
-                f"--token-file: {path} holds no token: 8 or more ASCII characters without blanks, "
-                "quotes, commas, semicolons and backslashes"
-            )
     return chosen
+
+
+def token_of(path: str | None) -> str | None:
+    """The token that a file holds."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"--token-file: {path} is no file")
+    return checked_token(Path(path).read_text().strip(), f"--token-file: {path}")
 
 
 def work(chosen: Any) -> None:
@@ -83,13 +82,14 @@ def work(chosen: Any) -> None:
     from qure_core.serve.options import Options
 
     del Encoder  # imported before Ray starts, so that what is missing is said here
+    token = token_of(chosen.token_file)
     index = Index.open(chosen.index)
     checkpoint_of(index.uri, index.manifest, chosen.checkpoint)
     local = chosen.host in LOOPBACK
     options = Options(
         index=index.uri,
         checkpoint=chosen.checkpoint and storage.resolve(chosen.checkpoint),
-        token=chosen.token,
+        token=token,
         hosts=LOOPBACK if local else None,
         upload_mb=chosen.upload_mb,
         waiting=chosen.waiting,
@@ -97,7 +97,7 @@ def work(chosen: Any) -> None:
         poll=chosen.poll,
         cache=chosen.cache or CACHE,
     )
-    if not local and chosen.token is None:
+    if not local and token is None:
         print(
             f"[serve] anyone who reaches {chosen.host} can ask; --token-file limits it", flush=True
         )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from qure_core.serve.ingress import make_app
-from qure_core.serve.options import Options, Version
+from qure_core.serve.options import Options, Version, checked_token
 from qure_core.serve.replicas import Asked, Encoded, Encoders, Shares, Wanted
 
 _AT_ONCE = 64  # calls that a replica takes on
@@ -72,6 +74,35 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Any:
         return make_app(self._options, self._replicas)
+
+
+class Arguments(BaseModel, extra="forbid"):
+    """What a Serve config gives: of `Options` and `Sizes` what differs between services."""
+
+    index: str
+    checkpoint: str | None = None
+    encoders: int = Field(1, ge=1)
+    shares: int = Field(1, ge=1)
+    ingresses: int = Field(1, ge=1)
+    cpus: int = Field(1, ge=1)
+    gpus: float = Field(0, ge=0)
+    waiting: int = Field(64, ge=1)
+
+
+def built(arguments: Arguments) -> Any:
+    """The application of a Serve config (`qure_core.serve.application:built`), as KubeRay runs it.
+
+    ``QURE_TOKEN`` in the environment is the token that whoever asks has to send.
+    """
+    token = os.environ.get("QURE_TOKEN")
+    options = Options(
+        index=arguments.index,
+        checkpoint=arguments.checkpoint,
+        token=checked_token(token, "QURE_TOKEN") if token else None,
+        waiting=arguments.waiting,
+    )
+    given = arguments.model_dump(include={"encoders", "shares", "ingresses", "cpus", "gpus"})
+    return application(options, Sizes(**given))
 
 
 def _deployed(replica: type, **options: Any) -> Any:

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from qure_core import storage
+from qure_core.base.errors import InputError
 from qure_core.search.index import CACHE, INDEX_KIND
+
+
+def checked_token(token: str, source: str) -> str:
+    """A token that a header and a cookie can carry; `InputError` naming ``source``."""
+    if not token.isascii() or len(token) < 8 or set(token) & set(' ;,"\\'):
+        raise InputError(
+            f"{source}: holds no token: 8 or more ASCII characters without blanks, quotes, commas, "
+            "semicolons and backslashes"
+        )
+    return token
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 import os
 import re
@@ -22,14 +23,17 @@ import ray
 import referencing
 import yaml
 from conftest import ROOT
+from ray.serve.schema import ServeDeploySchema
 
 from qure_core.base.config import Settings
 from qure_core.runtime.settings import load_settings
+from qure_core.serve.application import Arguments
 
 SCHEMAS = Path(__file__).parent / "schemas"
 SCHEMA_OF = {
     "RayCluster": "ray.io-v1.json#/$defs/RayCluster",
     "RayJob": "ray.io-v1.json#/$defs/RayJob",
+    "RayService": "ray.io-v1.json#/$defs/RayService",
     "CronJob": "kubernetes-1.34.json#/$defs/io.k8s.api.batch.v1.CronJob",
     "NetworkPolicy": "kubernetes-1.34.json#/$defs/io.k8s.api.networking.v1.NetworkPolicy",
 }
@@ -67,6 +71,8 @@ def test_manifests_follow_the_published_schemas(manifests: dict[str, dict[str, A
         ("RayJob", ("spec", "rayClusterSpec", "authOptions", "mode"), "tokens"),
         ("RayCluster", ("spec", "workerGroupSpecs", 0, "maxReplicas"), "4"),
         ("RayCluster", ("spec", "headGroupSpec", "template", "spec", "container"), []),
+        ("RayService", ("spec", "serveConfig"), ""),
+        ("RayService", ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "replicas"), "1"),
         ("CronJob", ("spec", "jobTemplate", "spec", "template", "spec", "restart"), "Never"),
     ],
 )
@@ -129,6 +135,27 @@ def test_job_and_schedule_work_on_one_run_and_fit_the_pods(
     assert reference == {"name": manifests["RayCluster"]["metadata"]["name"], "key": "auth_token"}
 
 
+def test_the_service_runs_what_ray_serve_takes(manifests: dict[str, dict[str, Any]]) -> None:
+    spec = manifests["RayService"]["spec"]
+    config = ServeDeploySchema(**yaml.safe_load(spec["serveConfigV2"]))
+    (application,) = config.applications
+    module, name = application.import_path.split(":")
+    built = getattr(importlib.import_module(module), name)
+    arguments = Arguments(**application.args)
+    assert arguments.index == yaml.safe_load((ROOT / "cluster/values.yaml").read_text())["index"]
+    assert type(built(arguments)).__name__ == "Application"
+    (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    assert workers["minReplicas"] == arguments.encoders
+    for group in (spec["rayClusterConfig"]["headGroupSpec"], workers):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"containerPort": config.http_options.port, "name": "serve"} in container["ports"]
+        assert container["env"][0]["valueFrom"]["secretKeyRef"]["name"] == "qure-token"
+    policy = yaml.safe_dump(manifests["NetworkPolicy"])
+    assert "port: serve" in policy
+    # The other clusters have no such port open.
+    assert "serve" not in yaml.safe_dump(manifests["RayCluster"])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -141,6 +168,7 @@ def test_job_and_schedule_work_on_one_run_and_fit_the_pods(
         ({"worker_memory": "64Gigs"}, "worker_memory: not right .* a quantity such as 64Gi"),
         ({"run_dir": "runs/x"}, "run_dir: not right .* a URI that all pods reach"),
         ({"data_root": "file:///data"}, "data_root: not right .* a URI that all pods reach"),
+        ({"index": "runs/x/index"}, "index: not right .* a URI that all pods reach"),
         ({"config": "nope"}, "config: no such config"),
     ],
 )

@@ -6,14 +6,45 @@ import json
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import job, recovery
 from flaky_storage import flaky_storage
-from ray_cluster import BRIDGE_ADDRESS, can_make_namespaces, network_bridge, ray_cluster
+from ray_cluster import (
+    BRIDGE_ADDRESS,
+    RayCluster,
+    can_make_namespaces,
+    network_bridge,
+    ray_cluster,
+)
 from s3_server import s3_server
+from s3fs import S3FileSystem
 from test_faults import check_same, wait_until
 
+from qure_core.data import read_split
+from qure_core.search import Retriever
+from qure_core.search.retriever import Question
+
 RUN = "bucket/runs/whole"
+
+
+def _ask(
+    cluster: RayCluster, files: S3FileSystem, run: Path, options: list[str], logs: Path
+) -> list[Question]:
+    """Build the run's index on the cluster, and ask it there; return the questions."""
+    faiss = ["--search.kind=faiss", "--search.factory=IVF4,SQ8", "--search.recall=1"]
+    index = [*options, *faiss, "--output", "s3://bucket/index"]
+    built = cluster.submit("python", "pipelines/index.py", "build", *index, log=logs / "index.log")
+    assert built.wait(300) == 0, built.output()[-6000:]
+    triplets = read_split(str(run / "data/val")).triplets
+    lines = [{"image": t.reference_id, "text": t.text, "category": t.category} for t in triplets]
+    files.pipe_file("bucket/questions.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    batch = ["--batch", "s3://bucket/questions.jsonl", "--output", "s3://bucket/answers.parquet"]
+    batch += ["--index", "s3://bucket/index", "--actors", "2", "--top", "5"]
+    batch += ["--cache", "/tmp/index-copies"]
+    asked = cluster.submit("python", "pipelines/search.py", *batch, log=logs / "asked.log")
+    assert asked.wait(300) == 0, asked.output()[-6000:]
+    return [Question(t.reference_id, t.text, t.category) for t in triplets]
 
 
 @pytest.mark.timeout(900)
@@ -46,9 +77,19 @@ def test_the_whole_job(finished: tuple[Path, str], world: Path, tmp_path: Path) 
                 following = f"{RUN}/checkpoints/train-0002/manifest.json"
                 wait_until(lambda: files.exists(following), following, whole)
             assert whole.wait(500) == 0, whole.output()[-6000:]
+            asked = _ask(cluster, files, finished[0], options, tmp_path)
             logs = "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*.log"))
         print(f"{storage.requests:,} requests, {storage.failed:,} failed", flush=True)
         assert storage.failed > 20
+        files.get("bucket/index", str(tmp_path / "index"), recursive=True)
+        here = Retriever.open(tmp_path / "index", finished[0] / "checkpoints/train-0003", "cpu")
+        assert here.index.manifest["faiss"]["factory"] == "IVF4,SQ8"
+        expected = here.ask_all(asked, 5)
+        files.get("bucket/answers.parquet", str(tmp_path / "answers.parquet"))
+        answers = pq.read_table(tmp_path / "answers.parquet").to_pylist()
+        assert [row["image_id"] for row in answers] == [a.image_id for own in expected for a in own]
+        scores = [answer.score for own in expected for answer in own]
+        assert [row["score"] for row in answers] == pytest.approx(scores, abs=1e-5)
         for name in ("checkpoints/train-0003", "rounds/epoch-0002", "evaluations/epoch-0003"):
             check_same(server, RUN, finished[0], name)
         assert len(files.glob("bucket/features/*/shard-*.arrow")) == 1
