@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from qure_core.runtime.in_process import stages_in_process
 from qure_core.runtime.resources import plan_resources
 from qure_core.search import Index, Retriever
 from qure_core.search.build import build_index, compacted, without_images
-from qure_core.search.corpus import Corpus, read_corpus
+from qure_core.search.corpus import Corpus, read_corpus, read_metadata
 from qure_core.search.retriever import Question
 
 SETTINGS = Settings(cluster={"in_process": True, "gpus": "none", "embed_batch": 16}, features="off")
@@ -259,6 +260,7 @@ def test_the_commands(
     index = str(tmp_path / "index")
     command = ["build", f"--run.dir={finished_run}", f"--data.root={world}", "--output", index]
     command += ["--cluster.in_process=true", "--cluster.gpus=none", "--features=off"]
+    command_of_build = command
     done = run_pipeline("index", *command)
     assert done.returncode == 0, done.stderr
     assert f"index: {index}" in done.stdout
@@ -267,17 +269,36 @@ def test_the_commands(
     page = tmp_path / "page.html"
     asked = run_pipeline("search", *ask, "--html", str(page))
     assert asked.returncode == 0, asked.stderr
-    lines = asked.stdout.splitlines()[1:5]
+    lines = [line for line in asked.stdout.splitlines()[1:] if "matches" not in line]
+    assert "likely matches above" in asked.stdout
     told = run_pipeline("search", *ask, "--json")
     rows = json.loads(told.stdout)
     assert [line.split()[2] for line in lines] == [row["image_id"] for row in rows]
     assert page.read_text().count("<figure") == 5
     batch = tmp_path / "batch.jsonl"
-    batch.write_text(json.dumps({"id": "q", "image": name, "text": "is red"}) + "\n\n")
+    questions = [{"id": "q", "image": name, "text": "is red"}]
+    questions += [{"image": other, "text": "is blue"} for other in Index.open(index).ids[:70]]
+    batch.write_text("\n\n".join(map(json.dumps, questions)))
     output = tmp_path / "answers.parquet"
     command = ["--index", index, "--batch", str(batch), "--output", str(output), "--top", "4"]
-    assert run_pipeline("search", *command).returncode == 0
-    assert pq.read_table(output)["image_id"].to_pylist() == [row["image_id"] for row in rows]
+    done = run_pipeline("search", *command, "--actors", "2")
+    assert done.returncode == 0, done.stderr
+    found = pq.read_table(output).to_pylist()
+    assert [row["image_id"] for row in found[:4]] == [row["image_id"] for row in rows]
+    retriever = Retriever.open(index)
+    expected = retriever.ask_all([Question(q["image"], q["text"]) for q in questions], 4)
+    assert [row["image_id"] for row in found] == [a.image_id for own in expected for a in own]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"text": "x"}) + "\n" + json.dumps({"image": "nowhere"}))
+    refused = run_pipeline(
+        "search", "--index", index, "--batch", str(bad), "--output", str(tmp_path / "none.parquet")
+    )
+    assert refused.returncode == 2
+    assert "bad.jsonl [line 2]: image: nowhere is neither the id" in refused.stderr
+    assert not (tmp_path / "none.parquet").exists()
+    newer = run_pipeline("index", *command_of_build, "--if-newer")
+    assert "made with this checkpoint already" in newer.stdout
+    assert "nothing is new" in run_pipeline("index", *command_of_build).stdout
     for arguments, message in (
         (["--index", index], "--image, --text: give one of them"),
         (["--index", index, "--text", "x", "--html", str(page)], "exists already"),
@@ -340,3 +361,75 @@ def test_a_build_that_was_cut_short_goes_on(finished_run: Path, tmp_path: Path) 
     compacted(str(output))
     assert compacted(str(output)) == 0
     assert all(note.read_text() == "mine" for note in notes)
+
+
+def test_metadata_filters(finished_run: Path, corpus: Corpus, tmp_path: Path) -> None:
+    names = sorted(corpus.images)
+    table = tmp_path / "facts.csv"
+    lines = [f"{name},{'ab'[i % 2]},{i}" for i, name in enumerate(names[:6])]
+    table.write_text("image_id,maker,year\n" + "\n".join([*lines, "stranger,a,9"]))
+    facts = read_metadata(str(table), corpus.images)
+    assert facts[names[1]] == {"maker": "b", "year": "1"}
+    assert "stranger" not in facts
+    built(finished_run, replace(corpus, metadata=facts), tmp_path / "index")
+    retriever = Retriever.open(tmp_path / "index")
+    found = retriever.ask(text="red", where={"maker": "a"}, top=99)
+    assert sorted(answer.image_id for answer in found) == names[:6:2]
+    both = retriever.ask(text="red", where={"maker": "a", "year": "2"}, top=99)
+    assert [answer.image_id for answer in both] == [names[2]]
+    for where, message in (
+        ({"colour": "a"}, "column 'colour' is none of the index .*: maker, year"),
+        ({"maker": "c"}, "no image of the index .* has maker 'c'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            retriever.ask(text="red", where=where)
+    # Other facts of the same images are a new version, for which nothing is embedded.
+    facts[names[0]]["maker"] = "c"
+    again = built(finished_run, replace(corpus, metadata=facts), tmp_path / "index")
+    assert again["embedded"] == 0
+    assert len(Retriever.open(tmp_path / "index").ask(text="red", where={"maker": "c"})) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("facts.txt", "image_id", "is none of .parquet, .csv, .jsonl"),
+        ("facts.csv", "image,maker\na,b", "has no column image_id"),
+        ("facts.csv", "image_id,maker\na,b\na,c", r"\[row 1\]: image 'a' for the second time"),
+        ("facts.jsonl", "{", "facts.jsonl"),
+        ("facts.parquet", "none", "facts.parquet"),
+    ],
+)
+def test_metadata_that_cannot_be_read(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_metadata(str(tmp_path / name), {"a": "a.png"})
+
+
+def test_a_real_index_with_faiss_on_ray(
+    finished_run: Path, corpus: Corpus, tmp_path: Path, local_ray: str
+) -> None:
+    """The tasks of a build, as on a cluster; built again, added to, and cut down."""
+    faiss = {"kind": "faiss", "factory": "IVF4,SQ8", "recall": 1.0}
+    settings = Settings(cluster={"gpus": "none", "embed_batch": 16}, features="off", search=faiss)
+    checkpoint = str(finished_run / "checkpoints/train-0003")
+    output = str(tmp_path / "index")
+    names = sorted(corpus.images)
+    part = Corpus({name: corpus.images[name] for name in names[2:]}, {})
+    plan = plan_resources(settings.cluster)
+    first = build_index(settings, plan, checkpoint, part, output)
+    assert first["faiss"]["recall"]["10"] == 1.0
+    again = build_index(settings, plan, checkpoint, part, output)
+    assert again["embedded"] == 0
+    rest = Corpus({name: corpus.images[name] for name in names[:2]}, {})
+    grown = build_index(settings, plan, checkpoint, rest, output, keep_others=True)
+    assert grown["faiss"]["trained"] == first["faiss"]["trained"]
+    assert (len(grown["segments"]), grown["images"]) == (2, len(names))
+    opened = Index.open(output)
+    query_QD = queries(tmp_path / "index")
+    near, exact = (opened.search(query_QD, 5, exact=way) for way in (False, True))
+    found = [np.isin(a, b).mean() for a, b in zip(exact.place_QK, near.place_QK, strict=True)]
+    assert np.mean(found) > 0.8  # of vectors drawn at random, on which no list was tuned
+    without_images(output, names[2:4])
+    assert compacted(output) > 0
+    assert Index.open(output).search(query_QD, 5).place_QK.shape == (len(query_QD), 5)
