@@ -11,17 +11,20 @@ go on. Ctrl-C ends all of it. Routes: /openapi.json, cluster/README.md.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
-import time
 import webbrowser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.runtime.command import run_job
 from qure_core.serve.options import checked_token
+
+if TYPE_CHECKING:
+    from qure_core.serve.ingress import Served
 
 _SCREENS = {"DISPLAY", "WAYLAND_DISPLAY"}
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -38,7 +41,6 @@ def read() -> argparse.Namespace:
     parser.add_argument("--token-file", help="file with a token that whoever asks has to send")
     parser.add_argument("--encoders", type=int, default=1, help="encoding processes (%(default)s)")
     parser.add_argument("--shares", type=int, default=1, help="index processes, each with a share")
-    parser.add_argument("--ingresses", type=int, default=1, help="HTTP processes (%(default)s)")
     parser.add_argument("--cpus", type=int, default=1, help="CPUs of each of them (%(default)s)")
     parser.add_argument(
         "--gpus", type=float, help="GPUs of an encoder (default: 1 if there is one)"
@@ -50,7 +52,7 @@ def read() -> argparse.Namespace:
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     parser.add_argument("--cache", help="directory for copies of a remote index")
     chosen = parser.parse_args()
-    for name in ("encoders", "shares", "ingresses", "cpus", "waiting", "upload_mb"):
+    for name in ("encoders", "shares", "cpus", "waiting", "upload_mb"):
         if getattr(chosen, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: {getattr(chosen, name)} is less than 1")
     for name in ("seconds", "poll"):
@@ -78,7 +80,7 @@ def work(chosen: Any) -> None:
     from qure_core.runtime.network import free_port
     from qure_core.runtime.resources import connect
     from qure_core.search.index import CACHE, Index, checkpoint_of
-    from qure_core.serve.application import Sizes, application
+    from qure_core.serve.application import Sizes, started
     from qure_core.serve.options import Options
 
     del Encoder  # imported before Ray starts, so that what is missing is said here
@@ -105,7 +107,7 @@ def work(chosen: Any) -> None:
     gpus = chosen.gpus
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= chosen.encoders else 0.0
-    sizes = Sizes(chosen.encoders, chosen.shares, chosen.ingresses, chosen.cpus, gpus)
+    sizes = Sizes(encoders=chosen.encoders, shares=chosen.shares, cpus=chosen.cpus, gpus=gpus)
     needed = chosen.cpus * (chosen.encoders + chosen.shares)
     there = ray.cluster_resources().get("CPU", 0)
     if needed > there:
@@ -113,28 +115,34 @@ def work(chosen: Any) -> None:
             f"--encoders and --shares take {needed} CPUs, but the cluster has {there:g}; take fewer"
         )
     port = chosen.port or free_port()
-    serve.start(
-        proxy_location="EveryNode",
-        http_options={"host": chosen.host, "port": port, "request_timeout_s": chosen.seconds + 5},
-    )
-    serve.run(
-        application(options, sizes),
-        name="search",
-        route_prefix="/",
-        logging_config={"enable_access_log": False},
-    )
     shown = "127.0.0.1" if chosen.host in ("0.0.0.0", "::") else chosen.host
-    address = f"http://{shown}:{port}/"
-    print(f"serving {len(index):,} images: {address}", flush=True)
-    # Without a screen, a browser of text would take the terminal.
-    if chosen.open and (sys.platform == "darwin" or os.environ.keys() & _SCREENS):
-        webbrowser.open(address)
-    print("Ctrl-C ends it", flush=True)
     try:
-        while True:
-            time.sleep(3600)
+        asyncio.run(answer(started(options, sizes), chosen, port, f"http://{shown}:{port}/"))
     finally:
         serve.shutdown()
+
+
+async def answer(served: Served, chosen: argparse.Namespace, port: int, address: str) -> None:
+    """Answer requests until the process is told to end."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        *(served.app, chosen.host, port),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not serving.done() and not (server.started and served.service.now):
+        await asyncio.sleep(0.05)
+    if not serving.done() and (now := served.service.now):
+        print(f"serving {len(now.index):,} images: {address}\nCtrl-C ends it", flush=True)
+        # Without a screen, a browser of text would take the terminal.
+        if chosen.open and (sys.platform == "darwin" or os.environ.keys() & _SCREENS):
+            webbrowser.open(address)
+    await serving
 
 
 def main() -> None:

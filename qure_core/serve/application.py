@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from qure_core.serve.ingress import make_app
+from qure_core.serve.ingress import Served, make_app
 from qure_core.serve.options import Options, Version, checked_token
 from qure_core.serve.replicas import Asked, Encoded, Encoders, Shares, Wanted
 
@@ -73,7 +73,7 @@ class Ingress:
         self._options, self._replicas = options, _Replicas(encoders, shares)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_app(self._options, self._replicas)
+        return make_app(self._options, self._replicas).app
 
 
 class Arguments(BaseModel, extra="forbid"):
@@ -109,8 +109,8 @@ def _deployed(replica: type, **options: Any) -> Any:
     return serve.deployment(**options)(replica)
 
 
-def application(options: Options, sizes: Sizes) -> Any:
-    """The application, to be run by Ray Serve."""
+def _replicas(options: Options, sizes: Sizes) -> tuple[Any, list[Any]]:
+    """The encoders' application, and that of each share of the index."""
     actor = {"num_cpus": sizes.cpus}
     encoders = _deployed(
         Encoders,
@@ -128,6 +128,12 @@ def application(options: Options, sizes: Sizes) -> Any:
         ).bind(options, (number, sizes.shares), sizes.cpus)
         for number in range(sizes.shares)
     ]
+    return encoders, shares
+
+
+def application(options: Options, sizes: Sizes) -> Any:
+    """The application whose ingress Ray Serve's proxies call, on every node of a cluster."""
+    encoders, shares = _replicas(options, sizes)
     ingress = _deployed(
         Ingress,
         name="ingress",
@@ -137,3 +143,17 @@ def application(options: Options, sizes: Sizes) -> Any:
         ray_actor_options={"num_cpus": 0},
     )
     return ingress.bind(options, encoders, *shares)
+
+
+def started(options: Options, sizes: Sizes) -> Served:
+    """Start the replicas, and give an ingress for this very process: two hops fewer a request."""
+    serve.start(proxy_location="Disabled")
+    handles = [
+        serve.run(each, name=name, route_prefix=None, logging_config={"enable_access_log": False})
+        for name, each in _named(*_replicas(options, sizes))
+    ]
+    return make_app(options, _Replicas(handles[0], handles[1:]))
+
+
+def _named(encoders: Any, shares: Sequence[Any]) -> list[tuple[str, Any]]:
+    return [("encoders", encoders), *((f"index-{n}", share) for n, share in enumerate(shares))]

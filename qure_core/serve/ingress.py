@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Annotated, Any, Protocol
@@ -201,7 +202,15 @@ def image_path(image_id: str) -> str:
     return f"/v1/images/{quote(image_id, safe='/')}"
 
 
-def make_app(options: Options, backend: Backend) -> Guard:
+@dataclass(frozen=True)
+class Served:
+    """The service's application, and the state behind its routes."""
+
+    app: Guard
+    service: Service
+
+
+def make_app(options: Options, backend: Backend) -> Served:
     """The service's application."""
     service = Service(options, backend)
 
@@ -396,4 +405,4 @@ def make_app(options: Options, backend: Backend) -> Guard:
             return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
 
         app.get(path, include_in_schema=False)(serve_file)
-    return guard
+    return Served(guard, service)

@@ -27,7 +27,7 @@ from qure_core.serve.options import Options, Version
 
 T = TypeVar("T")
 _KEPT = 2  # versions: the one that is asked, and the one before or after
-_BATCH, _WAIT = 16, 0.002  # questions encoded together, and seconds that one waits for others
+_BATCH, _WAIT = 16, 0.0  # questions encoded together: those that wait; none waits for others
 
 
 class Opened(Generic[T]):

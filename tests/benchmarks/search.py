@@ -1,7 +1,7 @@
 """Speed, memory and recall of search; each line against what it is measured beside, in one run.
 
     python tests/benchmarks/search.py index DIR --images 100000    # FAISS, exact, and plain ways
-    python tests/benchmarks/search.py service                      # overhead, overload, memory
+    python tests/benchmarks/search.py service runs/quickstart/index  # overhead, overload, memory
     python tests/benchmarks/search.py cut RUN ...                  # where good answers end
 
 ``index`` makes DIR/index, of images x 32 x 256 numbers that lie as a trained model's do (16 GB a
@@ -12,20 +12,25 @@ whose data says which images answer a query.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import faiss
 import numpy as np
+import psutil
 import ray
 import torch
 from synthetic import clustered_vectors, write_index
 
-from qure_core import storage
 from qure_core.base.config import SearchSettings
 from qure_core.data import read_split
 from qure_core.evaluation.stage import read_rankings
@@ -33,7 +38,11 @@ from qure_core.model.relevance import relevance_scores
 from qure_core.runtime.resources import connect
 from qure_core.search import Index
 from qure_core.search.approximate_build import factory_for
+from qure_core.search.build import compacted
 from qure_core.search.likely import likely_matches
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from service import service
 
 TOKENS, WIDTH, TOP = 32, 256, 20
 
@@ -89,9 +98,8 @@ def index(chosen: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     uri = str(folder / "index")
     connect()
-    if not storage.is_committed(uri):
-        search = SearchSettings(kind="exact")
-        write_index(uri, chosen.images, TOKENS, WIDTH, search)
+    write_index(uri, chosen.images, TOKENS, WIDTH, SearchSettings(kind="exact"))
+    compacted(uri)  # what FAISS had of it the last time
     plain = Index.open(uri)
     assert len(plain) == chosen.images, f"{uri} holds {len(plain):,} images"
     factory = factory_for(chosen.images * TOKENS)
@@ -172,6 +180,98 @@ def _beside_plain_ways(
     )
     same = all((owners(i)[:10] == truth_QK[i, :10]).all() for i in range(20))
     _said("  its ten best are those of exact search", str(same))
+
+
+# The service.
+
+
+def _resident_mb(process: subprocess.Popen[bytes]) -> float:
+    """Memory of the service's own processes: proxies, replicas and controller."""
+    found = [
+        child.memory_info().rss
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "Serve" in " ".join(child.cmdline()) or "ProxyActor" in " ".join(child.cmdline())
+    ]
+    return sum(found) / 2**20
+
+
+async def _asked(client: aiohttp.ClientSession, number: int) -> tuple[int, float, float]:
+    """Status, seconds, and seconds of encoding and searching alone, of one request."""
+    texts = ("red", "larger", "a blue circle", "has stripes")
+    started = time.perf_counter()
+    form = {"text": texts[number % 4], "top": "20"}
+    async with client.post("/v1/search", data=form) as answer:
+        content = await answer.read()
+    seconds = time.perf_counter() - started
+    if answer.status != 200:
+        return answer.status, seconds, 0.0
+    times = json.loads(content)["times_ms"]
+    return answer.status, seconds, (times["encode"] + times["search"]) / 1000
+
+
+async def _closed(client: aiohttp.ClientSession, requests: int, at_once: int) -> float:
+    """Requests a second of so many callers, each of whom asks again once answered."""
+    left = iter(range(requests))
+
+    async def caller() -> None:
+        for number in left:
+            status, *_ = await _asked(client, number)
+            assert status == 200, status
+
+    started = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(at_once)))
+    return requests / (time.perf_counter() - started)
+
+
+async def _load(address: str, process: subprocess.Popen[bytes], waiting: int) -> None:
+    # A client that takes little of the machine it shares with the service.
+    connections = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(address, connector=connections) as client:
+        for number in range(50):
+            await _asked(client, number)
+        one = [await _asked(client, number) for number in range(300)]
+        whole, inside = (
+            statistics.median(values) for values in zip(*((s, i) for _, s, i in one), strict=True)
+        )
+        over = statistics.median(seconds - own for _, seconds, own in one)
+        _said(
+            "one caller, p50", f"{1000 * whole:.1f} ms, of it encoder and index {1000 * inside:.1f}"
+        )
+        _said("overhead, p50", f"{1000 * over:.1f} ms (at most 5)")
+        capacity = await _closed(client, 1500, waiting)
+        _said(f"capacity, {waiting} callers", f"{capacity:.0f} requests/s")
+        seconds = 15.0
+        tasks = []
+        started = time.perf_counter()
+        while (now := time.perf_counter() - started) < seconds:
+            while len(tasks) < 2 * capacity * now:
+                tasks.append(asyncio.create_task(_asked(client, len(tasks))))
+            await asyncio.sleep(0.005)
+        done = await asyncio.gather(*tasks)
+        took = time.perf_counter() - started
+        answered = [s for status, s, _ in done if status == 200]
+        refused = sum(status == 503 for status, *_ in done)
+        assert len(answered) + refused == len(done), {status for status, *_ in done}
+        rate = len(answered) / took
+        beside = f"{rate:.0f} answered/s ({rate / capacity:.2f} of capacity)"
+        _said("under twice that", f"{beside}, {refused:,} of {len(done):,} refused with 503")
+        _said("  the slowest answer", f"{max(answered):.2f} s")
+        before = _resident_mb(process)
+        await _closed(client, 5000, 8)
+        middle = _resident_mb(process)
+        await _closed(client, 5000, 8)
+        _said(
+            "memory before, after 5,000 and 10,000 requests",
+            f"{before:,.0f}, {middle:,.0f}, {_resident_mb(process):,.0f} MB",
+        )
+
+
+def serve(chosen: argparse.Namespace) -> None:
+    """What the service costs beside the encoder and the index, and what it does when asked more
+    than it can answer."""
+    waiting = 16
+    with service("--index", chosen.index, "--waiting", str(waiting)) as (address, process):
+        asyncio.run(_load(address, process, waiting))
 
 
 # Where good answers end.
@@ -258,6 +358,9 @@ def main() -> None:
     one.add_argument("--recall", type=float, default=0.99)
     one.add_argument("--threads", type=int, default=2)
     one.set_defaults(work=index)
+    three = parts.add_parser("service")
+    three.add_argument("index")
+    three.set_defaults(work=serve)
     two = parts.add_parser("cut")
     two.add_argument("runs", nargs="+")
     two.set_defaults(work=cut)

@@ -297,7 +297,7 @@ def test_a_killed_replica_costs_what_it_held_alone(client: httpx.Client, started
     (encoder,) = [
         child
         for child in psutil.Process(started[1].pid).children(recursive=True)
-        if "ServeReplica:search:encoders" in " ".join(child.cmdline())
+        if "ServeReplica:encoders:encoders" in " ".join(child.cmdline())
     ]
     encoder.send_signal(signal.SIGKILL)
     end = time.monotonic() + 90
