@@ -171,8 +171,14 @@ def test_target_drop(seed: int, images: int, anywhere: bool, wanted: int | None)
         i: float(np.mean([max(float(a @ b) for b in tokens[i]) for a in tokens[target]]))
         for i in candidates
     }
-    assert chosen == plain_target_drop(candidates, likeness, wanted)
+    ranking = sorted(range(images), key=lambda i: (-scores[i], i))
     alike_first = sorted(candidates, key=lambda i: -likeness[i])
+    if anywhere and ranking.index(target) >= 6:  # the target is not among the candidates
+        further = [i for i in ranking[images // 2 :] if i != target]
+        assert (status, chosen, left_alone) == ("unsure", further[:wanted], alike_first)
+        assert details["threshold"] is None
+        return
+    assert chosen == plain_target_drop(candidates, likeness, wanted)
     assert left_alone == alike_first[: details["left_alone"]]
     whole = plain_target_drop(candidates, likeness, None)
     assert set(left_alone) == set(candidates) - set(whole)
@@ -183,6 +189,21 @@ def test_target_drop(seed: int, images: int, anywhere: bool, wanted: int | None)
     else:
         assert status == ("below_target" if under else "corpus")
         assert details["threshold"] is None
+
+
+def test_the_candidates_of_a_target_that_is_not_found_are_left_alone() -> None:
+    torch.manual_seed(4)
+    tokens = torch.nn.functional.normalize(torch.randn(700, 3, 4), dim=-1)
+    scores = torch.linspace(1, 0, 700).tolist()
+    for target, unsure in ((49, False), (50, True), (300, True), (699, True)):
+        status, chosen, details, left_alone = drop_of(
+            tokens, scores, target, among="anywhere", negatives=None
+        )
+        assert (status == "unsure") == unsure
+        if unsure:
+            assert chosen == [i for i in range(250, 500) if i != target]
+            assert sorted(left_alone) == list(range(50))
+            assert details["threshold"] is None
 
 
 def drop_of(tokens: torch.Tensor, scores: list[float], target: int, **options: Any) -> Any:

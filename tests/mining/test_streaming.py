@@ -31,6 +31,7 @@ from qure_core.mining.engines.streaming import (
     summarise_chunks,
 )
 from qure_core.mining.rows import MinedRow, rows_of, whole_curve
+from qure_core.mining.rules import target_drop
 from qure_core.mining.rules.steep_drops import DropRule
 from qure_core.mining.rules.target_drop import TargetDrop
 from qure_core.mining.sampling import image_words, query_words, threshold_for
@@ -204,12 +205,17 @@ def test_a_rule_of_the_ends_equals_the_sort(data: st.DataObject) -> None:
     tokens = torch.randn(images, 2, 3, generator=generator)
     ranked = rank_queries(scores, target, reference, tokens.__getitem__)
     ranked = replace(ranked, images_at_once=data.draw(st.integers(1, 30)))
-    expected = rows_of(
-        ranked, rule.select(ranked), rule.statuses, *words, wanted, whole_curve(ranked)
+    few = (  # ranks that a rule may look at, and so the ends that are kept
+        patch.object(target_drop, "LOOKED_AT", 10),
+        patch.object(target_drop, "_FURTHER", 5),
+        patch.object(sketch, "ENDS", 10),
     )
+    with few[0], few[1]:
+        selection = rule.select(ranked)
+    expected = rows_of(ranked, selection, rule.statuses, *words, wanted, whole_curve(ranked))
     cuts = data.draw(st.lists(st.integers(1, images - 1), max_size=4))
     target_score = scores.gather(1, target[:, None])[:, 0]
-    with patch.object(sketch, "ENDS", 10):
+    with few[0], few[1], few[2]:
         anchors = Anchors.of(target_score, target, reference, scores.amin(1), words[0], 0, 10)
         summaries = [
             Summary.from_bytes(
