@@ -149,7 +149,9 @@ def build_index(
     if wanted(settings.search, len(rows) * description["tokens"]):
         index = version.opened()
         description["questions"] = embedded_questions(settings, plan, checkpoint, corpus, index)
-        before = storage.read_manifest(output, INDEX_KIND) if storage.is_committed(output) else {}
+        # Lists of another model's embeddings would find little.
+        same = {name: facts[name] for name in ("checkpoint_digest", "pixels", "vision_precision")}
+        before = storage.kept(output, INDEX_KIND, same) or {}
         questions = open_questions(index, description["questions"])
         cpus = max(settings.cluster.cpus_per_embed_actor, settings.cluster.cpus_per_train_worker)
         description["faiss"], files = make_faiss(

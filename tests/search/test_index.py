@@ -433,3 +433,9 @@ def test_a_real_index_with_faiss_on_ray(
     without_images(output, names[2:4])
     assert compacted(output) > 0
     assert Index.open(output).search(query_QD, 5).place_QK.shape == (len(query_QD), 5)
+    # Lists of another checkpoint's embeddings do not serve.
+    other = str(finished_run / "checkpoints/train-0002")
+    anew = build_index(settings, plan, other, part, output)
+    assert anew["faiss"]["trained"] != first["faiss"]["trained"]
+    assert anew["questions"] != first["questions"]
+    assert anew["embedded"] == len(part.images)
