@@ -10,6 +10,7 @@ checkpoint (again made, it takes seconds), and serves it on this machine. Ctrl-C
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,14 @@ PIPELINES = HERE.parent / "pipelines"
 
 
 def _run(*command: str | Path) -> int:
-    return subprocess.run([sys.executable, *map(str, command)], check=False).returncode
+    """A command's exit status. Interrupted, it is told so, and has the time to end what it began."""
+    process = subprocess.Popen([sys.executable, *map(str, command)])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
 
 
 def main() -> int:
