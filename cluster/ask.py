@@ -26,7 +26,7 @@ PIPELINES = HERE.parent / "pipelines"
 
 
 def _run(*command: str | Path) -> int:
-    """A command's exit status. Interrupted, it is told so, and has the time to end what it began."""
+    """A command's exit status. Interrupted, it is told so, and has time to end what it began."""
     process = subprocess.Popen([sys.executable, *map(str, command)])
     try:
         return process.wait()
