@@ -34,7 +34,8 @@ def _ask(
     """Build the run's index on the cluster, and ask it there by ids of its images; return the same
     questions with the files of this machine."""
     faiss = ["--search.kind=faiss", "--search.factory=IVF4,SQ8", "--search.recall=1"]
-    index = [*options, *faiss, "--output", "s3://bucket/index"]
+    options = [word for word in options if word != "--features=build"]  # the store stays as it is
+    index = [*options, "--features=off", *faiss, "--output", "s3://bucket/index"]
     built = cluster.submit("python", "pipelines/index.py", "build", *index, log=logs / "index.log")
     assert built.wait(300) == 0, built.output()[-6000:]
     triplets = read_split(str(run / "data/val")).triplets
