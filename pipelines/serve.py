@@ -74,16 +74,13 @@ def token_of(path: str | None) -> str | None:
 
 def work(chosen: Any) -> None:
     import ray
-    from ray import serve
 
-    from qure_core.embeddings.encoder import Encoder
     from qure_core.runtime.network import free_port
     from qure_core.runtime.resources import connect
     from qure_core.search.index import CACHE, Index, checkpoint_of
     from qure_core.serve.application import Sizes, started
     from qure_core.serve.options import Options
 
-    del Encoder  # imported before Ray starts, so that what is missing is said here
     token = token_of(chosen.token_file)
     index = Index.open(chosen.index)
     checkpoint_of(index.uri, index.manifest, chosen.checkpoint)
@@ -116,10 +113,8 @@ def work(chosen: Any) -> None:
         )
     port = chosen.port or free_port()
     shown = "127.0.0.1" if chosen.host in ("0.0.0.0", "::") else chosen.host
-    try:
-        asyncio.run(answer(started(options, sizes), chosen, port, f"http://{shown}:{port}/"))
-    finally:
-        serve.shutdown()
+    with started(options, sizes) as served:
+        asyncio.run(answer(served, chosen, port, f"http://{shown}:{port}/"))
 
 
 async def answer(served: Served, chosen: argparse.Namespace, port: int, address: str) -> None:

@@ -147,11 +147,13 @@ def build_index(
     version = Version(output, facts, rows, len(new))
     description = version.description()
     if wanted(settings.search, len(rows) * description["tokens"]):
-        index = version.opened()
-        description["questions"] = embedded_questions(settings, plan, checkpoint, corpus, index)
-        # Lists of another model's embeddings would find little.
+        index = version.opened(description)
+        # Lists of another model's embeddings would find little, and its queries mean nothing.
         same = {name: facts[name] for name in ("checkpoint_digest", "pixels", "vision_precision")}
         before = storage.kept(output, INDEX_KIND, same) or {}
+        description["questions"] = embedded_questions(
+            settings, plan, checkpoint, corpus, index, before.get("questions")
+        )
         questions = open_questions(index, description["questions"])
         cpus = max(settings.cluster.cpus_per_embed_actor, settings.cluster.cpus_per_train_worker)
         description["faiss"], files = make_faiss(

@@ -39,7 +39,8 @@ from qure_core.storage.parquet import read_committed_parquet
 
 INDEX_KIND = storage.Kind(
     "search index",
-    r"images-[0-9a-f]{16}\.parquet|trained-[0-9a-f]{16}\.faiss|faiss-[0-9a-f]{16}/.*|"
+    r"images-[0-9a-f]{16}\.parquet|trained-[0-9a-f]{16}\.faiss|"
+    r"faiss-[0-9a-f]{16}/(part-\d{5}\.faiss|(manifest|_plan)\.json)|"
     r"(segment|questions)-[0-9a-f]{16}/"
     r"(((images|queries)-\d{5}\.arrow)|(shapes|manifest|_plan)\.json)",
 )

@@ -38,16 +38,18 @@ class Questions:
 
 
 def embedded_questions(
-    settings: Settings, plan: Plan, checkpoint: str, corpus: Corpus, index: Index
+    settings: Settings,
+    plan: Plan,
+    checkpoint: str,
+    corpus: Corpus,
+    index: Index,
+    before: str | None,
 ) -> str:
-    """Embed `search.questions` queries, unless the version before has some; return the name of
-    their directory. They are the corpus's own, or some of its images with no text."""
-    if storage.is_committed(index.uri):
-        before = storage.read_manifest(index.uri, None)
-        same = before["checkpoint_digest"] == index.manifest["checkpoint_digest"]
-        name = before.get("questions")
-        if same and name and storage.kept(storage.join(index.uri, name), EMBEDDINGS_KIND, {}):
-            return str(name)
+    """Embed `search.questions` queries; return the name of their directory, which is that of the
+    version ``before`` if it is whole. They are the corpus's own, or some of its images with no
+    text."""
+    if before and storage.kept(storage.join(index.uri, before), EMBEDDINGS_KIND, {}):
+        return before
     asked = {t.reference_id: t.text for t in corpus.queries if t.reference_id in corpus.images}
     names = sorted(asked or corpus.images)
     count = min(settings.search.questions, len(names))

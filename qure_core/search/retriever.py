@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -102,18 +104,19 @@ class Retriever:
         if top < 1:
             raise InputError(f"top: {top} is less than 1")
         excluded = []
+        filters = [(question.category, question.where) for question in questions]
+        allowed_by: dict[Any, np.ndarray | None] = {}
         for row, question in enumerate(questions):
             try:
                 excluded.append(self._excluded(question))
-                self.index.allowed(question.category, question.where)
+                if filters[row] not in allowed_by:
+                    allowed_by[filters[row]] = self.index.allowed(*filters[row])
             except InputError as error:
                 raise (InputError(f"{names[row]}: {error}") if names else error) from None
         query_QD = self.embed(questions)
         answers: list[list[Answer]] = [[] for _ in questions]
-        filters = [(question.category, question.where) for question in questions]
-        for own in dict.fromkeys(filters):
+        for own, allowed in allowed_by.items():
             rows = [i for i, other in enumerate(filters) if other == own]
-            allowed = self.index.allowed(*own)
             out = [excluded[i] for i in rows]
             found = self.index.search(query_QD[rows], top, out, allowed, exact)
             for row, places, scores in zip(rows, found.place_QK, found.score_QK, strict=True):

@@ -57,9 +57,9 @@ class Version:
             "embedded": self.embedded,
         }
 
-    def opened(self) -> Index:
-        """It, to be searched exactly."""
-        return Index(self.output, self.description(), self.images)
+    def opened(self, description: dict[str, Any]) -> Index:
+        """It, as its ``description`` has it, to be searched exactly."""
+        return Index(self.output, description, self.images)
 
     def commit(
         self,

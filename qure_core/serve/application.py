@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,15 +147,22 @@ def application(options: Options, sizes: Sizes) -> Any:
     return ingress.bind(options, encoders, *shares)
 
 
-def started(options: Options, sizes: Sizes) -> Served:
-    """Start the replicas, and give an ingress for this very process: two hops fewer a request."""
+@contextmanager
+def started(options: Options, sizes: Sizes) -> Iterator[Served]:
+    """Start the replicas, and give an ingress for this very process: two hops fewer a request.
+
+    At the end the replicas are stopped, and nothing else that the cluster may serve.
+    """
     serve.start(proxy_location="Disabled")
-    handles = [
-        serve.run(each, name=name, route_prefix=None, logging_config={"enable_access_log": False})
-        for name, each in _named(*_replicas(options, sizes))
-    ]
-    return make_app(options, _Replicas(handles[0], handles[1:]))
-
-
-def _named(encoders: Any, shares: Sequence[Any]) -> list[tuple[str, Any]]:
-    return [("encoders", encoders), *((f"index-{n}", share) for n, share in enumerate(shares))]
+    own = f"search-{uuid.uuid4().hex[:8]}"
+    encoders, shares = _replicas(options, sizes)
+    names, handles = [], []
+    try:
+        for number, each in enumerate((encoders, *shares)):
+            names.append(f"{own}-{number}")
+            quiet = {"enable_access_log": False}
+            handles.append(serve.run(each, name=names[-1], route_prefix=None, logging_config=quiet))
+        yield make_app(options, _Replicas(handles[0], handles[1:]))
+    finally:
+        for name in names:
+            serve.delete(name)

@@ -61,7 +61,6 @@ class Guard:
     def __init__(self, app: App, options: Options) -> None:
         self.app, self.options = app, options
         self.waiting = 0
-        self.refused = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -106,7 +105,6 @@ class Guard:
         elif path in UNCOUNTED:
             await self.app(scope, receive, answer)
         elif self.waiting >= self.options.waiting:
-            self.refused += 1
             await refuse(503, "too many requests wait; try again in a second", retry_after="1")
         else:
             self.waiting += 1

@@ -102,7 +102,6 @@ class Service:
     def __init__(self, options: Options, backend: Backend) -> None:
         self.options, self.backend = options, backend
         self.now: _Now | None = None
-        self.problem = "no version has been opened yet"
         registry = self.registry = CollectorRegistry()
         self.asked = Counter(
             "qure_questions", "Questions answered, by status", ["status"], registry=registry
@@ -123,10 +122,9 @@ class Service:
         while True:
             try:
                 await self._renew()
-                self.problem = ""
             except Exception as error:  # said, and tried again: the version in use goes on
-                self.problem = str(input_error(error) or error).splitlines()[0][:500]
-                print(f"[serve] no newer version: {self.problem}", flush=True)
+                problem = str(input_error(error) or error)
+                print(f"[serve] no newer version: {problem}", flush=True)
             await asyncio.sleep(self.options.poll)
 
     async def _renew(self) -> None:

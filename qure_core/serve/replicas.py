@@ -138,10 +138,13 @@ class Encoders:
             manifest = version.manifest
             try:
                 image = load_image(uri, manifest["max_image_pixels"], manifest["pixels"])
-                grid = self._opened(version).attention_grids(image)
             except InputError as error:
                 print(f"[serve] {error}", flush=True)
-                return str(error) if "no " in str(error)[:40] else "the picture cannot be read"
+                return "the picture cannot be read"
+            try:
+                grid = self._opened(version).attention_grids(image)
+            except InputError as error:
+                return str(error)  # of the model: the image is in memory, and has no path
             own = grid[min(token, len(grid) - 1)]
             return {
                 "grid": (own / own.max().clamp_min(1e-12)).tolist(),

@@ -109,7 +109,9 @@ def write_index(
     if wanted(search, images * tokens):
         vectors = clustered_vectors((queries, width), 77, torch.float32)
         questions = Questions(torch.from_numpy(vectors), np.full(queries, -1))
-        description["faiss"], files = make_faiss(version.opened(), questions, search, None, 2)
+        description["faiss"], files = make_faiss(
+            version.opened(description), questions, search, None, 2
+        )
     return version.commit(description, 0.0, files)
 
 

@@ -131,7 +131,9 @@ def test_added_and_removed(tmp_path: Path) -> None:
     facts = dict.fromkeys(MADE_WITH, "")
     version = Version(uri, facts, {row["image_id"]: row for row in rows}, 500)
     questions = Questions(QUERY_QD, np.full(len(QUERY_QD), -1))
-    made, files = make_faiss(version.opened(), questions, SEARCH, before["faiss"], 1)
+    made, files = make_faiss(
+        version.opened(version.description()), questions, SEARCH, before["faiss"], 1
+    )
     version.commit(version.description() | {"faiss": made}, 0.0, files)
     assert made["trained"] == before["faiss"]["trained"]  # the lists serve on
     grown = Index.open(uri)

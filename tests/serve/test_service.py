@@ -206,6 +206,7 @@ def test_a_picture_that_has_gone_is_said(client: httpx.Client, pictures: dict[st
     try:
         for answer in (
             client.get(f"/v1/images/{name}"),
+            client.get(f"/v1/attention/{name}", params={"token": 0}),
             client.post("/v1/search", data={"image_id": name}),
         ):
             assert answer.status_code in (404, 422)
@@ -297,7 +298,7 @@ def test_a_killed_replica_costs_what_it_held_alone(client: httpx.Client, started
     (encoder,) = [
         child
         for child in psutil.Process(started[1].pid).children(recursive=True)
-        if "ServeReplica:encoders:encoders" in " ".join(child.cmdline())
+        if "-0:encoders" in " ".join(child.cmdline())
     ]
     encoder.send_signal(signal.SIGKILL)
     end = time.monotonic() + 90
