@@ -29,7 +29,8 @@ import numpy as np
 import psutil
 import ray
 import torch
-from synthetic import clustered_vectors, write_index
+from synthetic import clustered_vectors
+from synthetic_index import write_index
 
 from qure_core.base.config import SearchSettings
 from qure_core.data import read_split

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic import clustered_vectors, write_index, write_segment
+from synthetic import clustered_vectors
+from synthetic_index import write_index, write_segment
 
 from qure_core import storage
 from qure_core.base.config import SearchSettings, Settings
