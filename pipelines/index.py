@@ -156,11 +156,18 @@ def remove() -> None:
 
 
 def compact() -> None:
-    from qure_core.search.build import compacted
+    from qure_core.runtime.in_process import stages_in_process
+    from qure_core.search.compact import compacted
 
     uri = _named("compact").index
-    with hold(uri, "indexing"):
-        print(f"removed {compacted(uri):,} part(s) that the newest version does not need")
+    # Small segments are little work, which no cluster is started for.
+    here = Settings(cluster={"in_process": True, "gpus": "none"}).cluster
+    with hold(uri, "indexing") as lease, stages_in_process(here):
+        merged, removed = compacted(uri, lease.check)
+    print(
+        f"merged {merged:,} segment(s); removed {removed:,} part(s) that the newest version does "
+        "not need"
+    )
 
 
 def main() -> None:

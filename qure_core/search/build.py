@@ -9,7 +9,6 @@ still be at it.
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -25,15 +24,10 @@ from qure_core.model.checkpoint_files import checkpoint_digest, checkpoint_pixel
 from qure_core.runtime.resources import Plan
 from qure_core.search.approximate_build import make_faiss, wanted
 from qure_core.search.corpus import Corpus
-from qure_core.search.index import FAISS_KIND, INDEX_KIND, Index
+from qure_core.search.index import INDEX_KIND, Index
 from qure_core.search.questions import embedded_questions, open_questions
 from qure_core.search.version import Version
 
-_FILE = re.compile(r"(images-[0-9a-f]{16}\.parquet)|(trained-[0-9a-f]{16}\.faiss)")
-_FOLDERS = {
-    re.compile(r"(segment|questions)-[0-9a-f]{16}"): EMBEDDINGS_KIND,
-    re.compile(r"faiss-[0-9a-f]{16}"): FAISS_KIND,
-}
 MADE_WITH = (
     *("checkpoint", "checkpoint_digest", "pixels", "vision_precision", "stored"),
     "max_image_pixels",
@@ -41,7 +35,7 @@ MADE_WITH = (
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
-def _rows(output: str, manifest: dict[str, Any], needed: bool) -> dict[str, dict[str, Any]]:
+def version_rows(output: str, manifest: dict[str, Any], needed: bool) -> dict[str, dict[str, Any]]:
     """Rows by id of a version's images whose segments are whole.
 
     Raises `InputError` if one is not and all are ``needed``; else they are to be made again.
@@ -68,7 +62,7 @@ def _known_images(
         return {}
     if not keep_others:
         manifest = storage.kept(output, INDEX_KIND, facts)
-        return _rows(output, manifest, needed=False) if manifest else {}
+        return version_rows(output, manifest, needed=False) if manifest else {}
     manifest = storage.read_manifest(output, INDEX_KIND)
     for name, value in facts.items():
         if manifest[name] != value:
@@ -77,7 +71,7 @@ def _known_images(
                 f"own (checkpoint {manifest['checkpoint']}, --stored {manifest['stored']}), or "
                 "build it anew"
             )
-    return _rows(output, manifest, needed=True)
+    return version_rows(output, manifest, needed=True)
 
 
 def index_facts(settings: Settings, checkpoint: str, stored: str) -> dict[str, Any]:
@@ -212,7 +206,7 @@ def without_images(
     """Take images out of the index at ``output``; `InputError` naming one that it has not."""
     started = time.monotonic()
     manifest = storage.read_manifest(output, INDEX_KIND)
-    rows = _rows(output, manifest, needed=True)
+    rows = version_rows(output, manifest, needed=True)
     if unknown := sorted(set(image_ids) - set(rows)):
         raise InputError(
             f"{output}: holds no image {unknown[0]!r} ({len(unknown):,} of {len(image_ids):,} are "
@@ -231,29 +225,3 @@ def without_images(
         files = {made["trained"]: manifest["files"][made["trained"]]}
     check()
     return version.commit(description, time.monotonic() - started, files)
-
-
-def compacted(output: str) -> int:
-    """Remove segments and lists that the newest version does not need; return how many.
-
-    For when nobody reads an older version.
-    """
-    manifest = storage.read_manifest(output, INDEX_KIND)
-    made = manifest.get("faiss") or {"parts": {}}
-    needed = {
-        *manifest["files"],
-        *manifest["segments"],
-        *made["parts"].values(),
-        manifest.get("questions"),
-    }
-    removed = 0
-    for name in set(storage.list_names(output)) - needed:
-        uri = storage.join(output, name)
-        if _FILE.fullmatch(name):
-            storage.remove_file(uri)
-            removed += 1
-        for pattern, kind in _FOLDERS.items():
-            if pattern.fullmatch(name):
-                storage.discard(uri, kind)
-                removed += 1
-    return removed

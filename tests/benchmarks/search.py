@@ -39,7 +39,7 @@ from qure_core.model.relevance import relevance_scores
 from qure_core.runtime.resources import connect
 from qure_core.search import Index
 from qure_core.search.approximate_build import factory_for
-from qure_core.search.build import compacted
+from qure_core.search.compact import compacted
 from qure_core.search.likely import likely_matches
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))

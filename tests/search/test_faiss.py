@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic import clustered_vectors
+from synthetic import clustered_vectors, make_split, write_embeddings
 from synthetic_index import write_index, write_segment
 
 from qure_core import storage
@@ -18,9 +20,11 @@ from qure_core.base.errors import InputError
 from qure_core.runtime.in_process import stages_in_process
 from qure_core.search import Index
 from qure_core.search.approximate_build import chosen_vectors, factory_for, make_faiss
-from qure_core.search.build import MADE_WITH, compacted, without_images
+from qure_core.search.build import MADE_WITH, without_images
+from qure_core.search.compact import compacted
 from qure_core.search.questions import Questions
 from qure_core.search.version import Version
+from qure_core.storage import files
 
 IMAGES, TOKENS, WIDTH = 6000, 8, 32
 SEARCH = SearchSettings(kind="faiss", factory="IVF64,SQ8")
@@ -135,7 +139,17 @@ def test_added_and_removed(tmp_path: Path) -> None:
     made, files = make_faiss(
         version.opened(version.description()), questions, SEARCH, before["faiss"], 1
     )
-    version.commit(version.description() | {"faiss": made}, 0.0, files)
+    asked = "questions-2222222222222222"
+    write_embeddings(
+        f"{uri}/{asked}",
+        make_split(40, 40),
+        tokens=TOKENS,
+        width=WIDTH,
+        shard=40,
+        draw=clustered_vectors,
+    )
+    description = version.description() | {"faiss": made, "questions": asked}
+    version.commit(description, 0.0, files)
     assert made["trained"] == before["faiss"]["trained"]  # the lists serve on
     grown = Index.open(uri)
     assert len(grown) == 3500
@@ -147,8 +161,94 @@ def test_added_and_removed(tmp_path: Path) -> None:
     assert not {left.ids[place] for place in left.search(QUERY_QD, 10).place_QK.flatten()} & set(
         gone
     )
-    compacted(uri)
-    assert recall(Index.open(uri), 10) >= 0.97
+    exact = left.search(QUERY_QD, 50, exact=True)
+    assert compacted(uri)[0] == 2
+    merged = Index.open(uri)
+    assert list(merged.manifest["faiss"]["parts"]) == merged.manifest["segments"]
+    assert len(merged.segments) == 1
+    assert recall(merged, 10) >= 0.97
+    found = merged.search(QUERY_QD, 50, exact=True)
+    np.testing.assert_array_equal(found.place_QK, exact.place_QK)
+    np.testing.assert_array_equal(found.score_QK, exact.score_QK)
+
+
+def failing_writes(monkeypatch: pytest.MonkeyPatch, good: int) -> None:
+    """Let so many writes succeed and refuse all others, as a full disk does."""
+    counts = 0
+    write = files.write_bytes
+
+    def refusing(uri: str, data: bytes) -> None:
+        nonlocal counts
+        counts += 1
+        if counts > good:
+            raise OSError(errno.ENOSPC, "No space left on device", uri)
+        write(uri, data)
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("qure_core")]:
+        if getattr(module, "write_bytes", None) is write:
+            monkeypatch.setattr(module, "write_bytes", refusing)
+
+
+def test_a_disk_that_fills_at_any_write_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of an index whose lists are made nor of one that is compacted: the same call goes on
+    and ends with the same files, and until then the version before answers."""
+    small = SearchSettings(kind="faiss", factory="IVF8,SQ8")
+    write_index(str(tmp_path / "whole"), 300, TOKENS, WIDTH, small, 20)
+    expected = sorted(file.name for file in (tmp_path / "whole").rglob("*.faiss"))
+    uri = str(tmp_path / "again")
+    write_index(uri, 300, TOKENS, WIDTH, SearchSettings(kind="exact"))
+    tries = 0
+    while True:
+        with monkeypatch.context() as patch:
+            failing_writes(patch, tries)
+            try:
+                write_index(uri, 300, TOKENS, WIDTH, small, 20)
+                break
+            except OSError:
+                tries += 1
+        before = Index.open(uri)
+        assert "faiss" not in before.manifest
+        assert len(before.search(QUERY_QD, 5).place_QK) == len(QUERY_QD)
+    assert tries >= 3
+    assert sorted(file.name for file in Path(uri).rglob("*.faiss")) == expected
+    for name in expected:
+        ((one,), (other,)) = ([*Path(root).rglob(name)] for root in (tmp_path / "whole", uri))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_compacting_that_is_cut_short_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "index")
+    write_index(uri, 200, TOKENS, WIDTH, SearchSettings(kind="exact"))
+    rows = Index.open(uri).images.to_pylist()
+    for number in (1, 2):
+        ids = [f"{'ah'[number - 1]}{n:08d}" for n in range(60)]  # before and after all others
+        rows += write_segment(uri, f"segment-{number:016d}", ids, TOKENS, WIDTH, number)
+    version = Version(uri, dict.fromkeys(MADE_WITH, ""), {r["image_id"]: r for r in rows}, 120)
+    version.commit(version.description(), 0.0)
+    expected = Index.open(uri).search(QUERY_QD, 320)
+    tries = 0
+    while True:
+        with monkeypatch.context() as patch:
+            failing_writes(patch, tries)
+            try:
+                compacted(uri)
+                break
+            except OSError:
+                tries += 1
+        found = Index.open(uri).search(QUERY_QD, 320)
+        np.testing.assert_array_equal(found.score_QK, expected.score_QK)
+    assert tries >= 3
+    opened = Index.open(uri)
+    assert (len(opened.segments), len(opened)) == (1, 320)
+    assert [*Path(uri).glob("segment-*")] == [Path(uri) / opened.manifest["segments"][0]]
+    found = opened.search(QUERY_QD, 320)
+    np.testing.assert_array_equal(found.place_QK, expected.place_QK)
+    np.testing.assert_array_equal(found.score_QK, expected.score_QK)
+    assert compacted(uri) == (0, 0)
 
 
 def test_vectors_are_chosen_by_how_often_they_win() -> None:

@@ -27,7 +27,8 @@ from qure_core.ranking.order import rank_row
 from qure_core.runtime.in_process import stages_in_process
 from qure_core.runtime.resources import plan_resources
 from qure_core.search import Index, Retriever
-from qure_core.search.build import build_index, compacted, without_images
+from qure_core.search.build import build_index, without_images
+from qure_core.search.compact import compacted
 from qure_core.search.corpus import Corpus, read_corpus, read_metadata
 from qure_core.search.retriever import Question
 
@@ -165,8 +166,10 @@ def test_added_removed_and_changed_images_are_as_built_at_once(
     assert changed["embedded"] == 1
     built(finished_run, part(names[3:]), tmp_path / "at once", stored="fp32")
     assert answers(output, 10_000) == answers(tmp_path / "at once", 10_000)
-    assert compacted(str(output)) > 0
-    assert compacted(str(output)) == 0
+    merged, removed = compacted(str(output))
+    assert (merged, len(Index.open(str(output)).segments)) == (3, 1)
+    assert removed > 3
+    assert compacted(str(output)) == (0, 0)
     assert answers(output, 10_000) == answers(tmp_path / "at once", 10_000)
 
 
@@ -309,7 +312,7 @@ def test_the_commands(
         assert refused.returncode == 2
         assert message in refused.stderr
     assert run_pipeline("index", "remove", index, name).returncode == 0
-    assert "1 part(s)" in run_pipeline("index", "compact", index).stdout
+    assert "removed 1 part(s)" in run_pipeline("index", "compact", index).stdout
     assert name not in Index.open(index).ids
     assert run_pipeline("index", "inspect", index).returncode == 0
     assert run_pipeline("index", "nothing").returncode == 2
@@ -359,7 +362,7 @@ def test_a_build_that_was_cut_short_goes_on(finished_run: Path, tmp_path: Path) 
     for note in notes:
         note.write_text("mine")
     compacted(str(output))
-    assert compacted(str(output)) == 0
+    assert compacted(str(output)) == (0, 0)
     assert all(note.read_text() == "mine" for note in notes)
 
 
@@ -431,7 +434,7 @@ def test_a_real_index_with_faiss_on_ray(
     found = [np.isin(a, b).mean() for a, b in zip(exact.place_QK, near.place_QK, strict=True)]
     assert np.mean(found) > 0.8  # of vectors drawn at random, on which no list was tuned
     without_images(output, names[2:4])
-    assert compacted(output) > 0
+    assert compacted(output)[0] == 2
     assert Index.open(output).search(query_QD, 5).place_QK.shape == (len(query_QD), 5)
     # Lists of another checkpoint's embeddings do not serve.
     other = str(finished_run / "checkpoints/train-0002")
