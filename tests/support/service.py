@@ -16,21 +16,25 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def service(*arguments: str, seconds: float = 120) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Start ``pipelines/serve.py``; yields its address, where it answers already, and its process.
+def service(
+    *arguments: str, script: str = "pipelines/serve.py", seconds: float = 120
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Start ``pipelines/serve.py``, or what starts it; yields its address, where it answers
+    already, and the process.
 
     It is stopped as by Ctrl-C.
     """
-    command = [sys.executable, str(ROOT / "pipelines/serve.py"), "--port", "0", *arguments]
-    environment = os.environ | {"RAY_ADDRESS": "local"}
+    port = ["--port", "0"] if script == "pipelines/serve.py" else []
+    command = [sys.executable, str(ROOT / script), *port, *arguments]
+    environment = os.environ | {"RAY_ADDRESS": "local", "PORT": "0", "BROWSER": "true"}
     read, write = os.pipe()
     process = subprocess.Popen(
         command, stdout=write, stderr=write, env=environment, start_new_session=True
     )
     os.close(write)
     said = ""
-    try:
-        with open(read, "rb", buffering=0) as output:
+    with open(read, "rb", buffering=0) as output:  # open to the end, for it has last words
+        try:
             os.set_blocking(read, False)
             end = time.monotonic() + seconds
             while not (found := re.search(r"serving .* images: (http://\S+)/", said)):
@@ -40,6 +44,6 @@ def service(*arguments: str, seconds: float = 120) -> Iterator[tuple[str, subpro
                 time.sleep(0.1)
             os.set_blocking(read, True)
             yield found[1], process
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
