@@ -13,14 +13,14 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from qure_core import storage
 from qure_core.base.config import Settings
@@ -44,7 +44,7 @@ SHAPES = "shapes.json"  # of one embedding, the same from every shard
 
 
 class _Embedder:
-    """Actor: embeds whole shards and writes them."""
+    """Embeds whole shards and writes them: an actor on a GPU, of one task without."""
 
     def __init__(self, checkpoint: str, settings: dict[str, Any], store: str | None) -> None:
         self.checkpoint, self.store = checkpoint, store
@@ -79,6 +79,7 @@ class _Embedder:
     @torch.inference_mode()
     def embed(self, shard: dict[str, Any]) -> dict[str, Any]:
         """Write a shard's embeddings, and tell of its files."""
+        started = time.monotonic()
         image_ids, uris, wanted = list(shard["image_id"]), list(shard["uri"]), shard["in_corpus"]
         queries_of: dict[str, list[tuple[str, str]]] = {}
         for query_id, reference, text in zip(
@@ -129,7 +130,9 @@ class _Embedder:
             image_file: write_shard(output, image_file, kept_ids, images),
             query_file: write_shard(output, query_file, query_ids, vectors),
         }
-        return {"images": len(image_ids), "output": output, "files": json.dumps(files)}
+        seconds = time.monotonic() - started
+        told = {"images": len(image_ids), "seconds": seconds}
+        return told | {"output": output, "files": json.dumps(files)}
 
     def _check_finite(self, parts: list[np.ndarray], ids: list[str], what: str) -> None:
         bad = [~np.isfinite(part).reshape(len(part), -1).all(axis=1) for part in parts]
@@ -233,7 +236,7 @@ def embed_splits(
     plan: Plan,
     shards: int | None = None,
 ) -> None:
-    """Embed every job with ``checkpoint`` in one pool of actors and commit each to its output.
+    """Embed every job with ``checkpoint`` in one pool of workers and commit each to its output.
 
     An output already made from the same checkpoint and inputs is kept. Features come from the
     feature store if ``settings.features`` lets them, with the same result.
@@ -277,7 +280,7 @@ def embed_splits(
     with bad_input_of_workers():
         for row in results:
             written[row["output"]] |= json.loads(row["files"])
-            progress.advance(int(row["images"]))
+            progress.advance(int(row["images"]), float(row["seconds"]))
     seconds = time.monotonic() - started
     for job in jobs:
         if job.output in shards_of:
@@ -296,17 +299,34 @@ def _embed_rows(
         embedder = _Embedder(checkpoint, settings.resolved(), store)
         return (embedder.embed({name: value[0] for name, value in row.items()}) for row in rows)
     tables = [pa.table(row, schema=_SHARD_SCHEMA) for row in rows]
-    return iter(
-        ray.data.from_arrow(tables)
-        .map_batches(
+    most = min(settings.cluster.embed_actors, len(rows))
+    arguments = (checkpoint, settings.resolved(), store)
+    shards = ray.data.from_arrow(tables)
+    if plan.gpus:
+        # Ray ends a task's process that had a GPU, and with it all that was loaded.
+        embedded = shards.map_batches(
             _Embedder,
-            fn_constructor_args=(checkpoint, settings.resolved(), store),
+            fn_constructor_args=arguments,
             batch_size=1,
-            compute=ActorPoolStrategy(size=min(settings.cluster.embed_actors, len(rows))),
+            compute=ActorPoolStrategy(size=most),
             **plan.embed,
         )
-        .iter_rows()
-    )
+    else:
+        # Processes of tasks stay for the tasks of other stages, and have imported what takes most
+        # of a small pass; to load a checkpoint is little beside a shard.
+        embedded = shards.map_batches(
+            partial(_embed_shard, arguments),
+            batch_size=1,
+            compute=TaskPoolStrategy(size=most),
+            **plan.embed,
+        )
+    return iter(embedded.iter_rows())
+
+
+def _embed_shard(
+    arguments: tuple[str, dict[str, Any], str | None], rows: dict[str, Any]
+) -> dict[str, Any]:
+    return _Embedder(*arguments)(rows)
 
 
 def _commit(

@@ -37,6 +37,7 @@ from qure_core.mining.stage import check_mining, hold_round, mine_round, mining_
 from qure_core.model.checkpoint_files import checkpoint_uri, latest_epoch
 from qure_core.objectives import make_objective
 from qure_core.report.build import build_report
+from qure_core.runtime.account import account_table
 from qure_core.runtime.in_process import stages_in_process
 from qure_core.runtime.monitor import monitored
 from qure_core.runtime.resources import connect, plan_resources
@@ -153,6 +154,9 @@ def run(settings: Settings) -> dict[str, Any]:
             run_lease.check()
             remove_scratch(run_dir)
             summary = finish(what_mining_added(settings, measured[-1], control), [control])
+        spent = monitor.account.rows()
+        monitor.event("where the time went", rows=spent)
+        print("\n" + account_table(spent), flush=True)
         return summary
 
 

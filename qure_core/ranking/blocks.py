@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -77,11 +78,16 @@ def score_block(
     return next(chunks)[1]
 
 
-@cache
 def prepare_worker() -> None:
-    """Make this process a worker of one CPU, once: later objects must stay collectable."""
+    """Make this process a worker of one CPU; a task before may have had more."""
     torch.set_num_threads(1)
-    # The loaded libraries' objects stay: looking at them again and again costs a sixth of the time.
+    _freeze()
+
+
+@cache
+def _freeze() -> None:
+    """Once, for later objects must stay collectable. The loaded libraries' objects stay: looking
+    at them again and again costs a sixth of the time."""
     gc.freeze()
 
 
@@ -112,8 +118,10 @@ def map_blocks(
         return scores(blocks[number], part) if scores else len(blocks[number].triplets)
 
     def worked(block: QueryBlock, part: int) -> dict[str, Any]:
+        started = time.monotonic()
         result = work(block, part, **arguments) if split else work(block, **arguments)
-        return result | {"block": block.number, "part": part}
+        took = time.monotonic() - started
+        return result | {"block": block.number, "part": part, "took": took}
 
     progress = Progress(
         stage, sum(size(*item) for item in wanted), "scores" if scores else "queries"
@@ -126,8 +134,8 @@ def map_blocks(
     results = []
     with bad_input_of_workers(blame):
         for row in rows:
+            progress.advance(size(int(row["block"]), int(row["part"])), float(row.pop("took")))
             results.append(row)
-            progress.advance(size(int(row["block"]), int(row["part"])))
     return sorted(results, key=lambda row: (row["block"], row["part"]))
 
 

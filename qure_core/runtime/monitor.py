@@ -30,6 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qure_core import storage
 from qure_core.base.errors import InputError
+from qure_core.runtime.account import Account
 
 STUCK_SECONDS = 45.0  # without progress, before the job says where it is
 _LOOK_EVERY = 3.0  # seconds between looks at the board and writes of the log
@@ -94,6 +95,7 @@ class Monitor:
         self.name = os.environ.get("RAY_JOB_ID") or uuid.uuid4().hex[:12]
         self.stage: dict[str, Any] = {}
         self.board: Any = None
+        self.account = Account()
         self._lock = threading.RLock()
         self._moved = time.monotonic()
         self._said = 0.0  # seconds without progress when it was last said
@@ -118,14 +120,25 @@ class Monitor:
         with self._lock:
             self.stage = {"stage": stage, "done": 0, "total": total, "unit": unit}
             self.stage["began"] = time.monotonic()
+            self.account.begin(stage, unit)
             self._move()
         self.event("stage begins", stage=stage, total=total, unit=unit)
 
-    def advance(self, stage: str, done: int) -> None:
+    def advance(self, stage: str, done: int, seconds: float = 0.0) -> None:
+        """A stage has got so far; ``seconds`` is how long its worker took for this part."""
         with self._lock:
             if self.stage.get("stage") == stage:
                 self.stage["done"] = done
+                self.account.worked(seconds)
+                if done >= self.stage["total"]:
+                    self.account.end()
             self._move()
+
+    def end_training(self) -> None:
+        """Its workers are done; what they said last is heard."""
+        self._look()
+        with self._lock:
+            self.account.end()
 
     def tell(self, stage: str, done: int, total: int, unit: str, rate: float) -> None:
         """Progress that people are told of."""
@@ -162,6 +175,7 @@ class Monitor:
                     self._move()
                 self._seen = where
                 if where and self.stage.get("unit") == "steps":
+                    self.account.worked(max(row["seconds"] for row in where.values()))
                     self.stage["done"] = min(row["done"] for row in where.values())
                     self.stage["total"] = max(row["total"] for row in where.values())
             for facts in epochs:
@@ -210,7 +224,7 @@ class Monitor:
         }
         if stage["unit"] == "steps":
             facts["workers"] = {
-                rank: " ".join(f"{name} {value}" for name, value in row.items())
+                rank: " ".join(f"{name} {row[name]}" for name in row if name != "seconds")
                 for rank, row in sorted(self._seen.items())
             } or "none has started"
         if ray.is_initialized():

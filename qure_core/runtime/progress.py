@@ -25,10 +25,11 @@ class Progress:
             self._monitor.begin(stage, total, unit)
         print(f"[{stage}] 0/{total:,} {unit}", flush=True)
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, seconds: float = 0.0) -> None:
+        """So many more are done, by a worker that took so long for them."""
         self.done += count
         if self._monitor:
-            self._monitor.advance(self.stage, self.done)
+            self._monitor.advance(self.stage, self.done, seconds)
         now = time.monotonic()
         if self.done >= self.total or now - self._printed >= self.interval:
             self._printed = now

@@ -308,7 +308,7 @@ class _Teller:
 
     def __init__(self, board: Any, rank: int) -> None:
         self.board, self.rank = board, rank
-        self._doing, self._told = "", 0.0
+        self._doing, self._told, self._began = "", 0.0, time.monotonic()
 
     def __call__(self, doing: str, epoch: int = 0, done: int = 0, total: int = 0) -> None:
         now = time.monotonic()
@@ -316,6 +316,7 @@ class _Teller:
             return
         self._doing, self._told = doing, now
         where = {"doing": doing, "epoch": epoch, "done": done, "total": total}
+        where["seconds"] = round(now - self._began, 3)
         self.board.post.remote(self.rank, where)
 
     def epoch(self, facts: dict[str, Any]) -> None:

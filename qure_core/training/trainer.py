@@ -61,16 +61,22 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
     from its newest checkpoint. Bad input met by a worker is raised as `InputError`. Of stages in
     one process the segment is run by it.
     """
+    monitor = current()
     if (here := device_here()) is not None:
         # Here, because a driver of workers elsewhere needs no model libraries.
         from qure_core.training.loop import Worker, train_epochs
 
-        return train_epochs(segment, Worker(torch.device(here)))
+        if monitor:
+            monitor.account.begin(segment.name, "steps")
+            monitor.account.worked(0.0)
+        train_epochs(segment, Worker(torch.device(here)))
+        if monitor:
+            monitor.account.end()
+        return
     name = f"{segment.stage}-{segment.last_epoch}-{uuid.uuid4().hex[:8]}"
     scratch = _scratch(segment.run_dir)
     fault = storage.join(scratch, name, "fault.json")
     arrow_filesystem, arrow_path = storage.arrow_filesystem(scratch)
-    monitor = current()
     if monitor:
         # The workers know how many steps there are; the board brings it.
         monitor.begin(f"{segment.name} to epoch {segment.last_epoch}", 0, "steps")
@@ -102,6 +108,8 @@ def run_segment(segment: Segment, cluster: ClusterSettings, plan: Plan) -> None:
     try:
         _fit(trainer)
         raise_fault(fault)
+        if monitor:
+            monitor.end_training()
     except Exception as error:
         raise_fault(fault)
         if (bad := input_error(error)) is not None:

@@ -33,6 +33,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, server: S3Server) -> Itera
         yield cluster
 
 
+EMBEDS = "_embed_shard"  # a worker that embeds, in its process's title
+
+
 def options(run: str, *more: str) -> list[str]:
     return job("s3://bucket/world", f"s3://{run}", *more)
 
@@ -136,7 +139,7 @@ def test_training_survives_a_worker_a_node_and_its_driver(
 
 
 @pytest.mark.timeout(600)
-def test_mining_survives_an_actor_and_a_node(
+def test_mining_survives_a_task_and_a_node(
     cluster: RayCluster, server: S3Server, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run = "bucket/runs/mining"
@@ -148,14 +151,14 @@ def test_mining_survives_an_actor_and_a_node(
     mining = cluster.submit(*command, log=tmp_path / "mining.log")
     shards = f"{run}/rounds/epoch-0002-embeddings/images-*.arrow"
     wait_until(lambda: server.files().glob(shards), shards, mining)
-    _, actor = seen(cluster, "_Embedder", mining)
-    actor.kill()
-    wait_until(lambda: not actor.is_running(), "the actor's end", mining)
-    with recovery("mining actor killed, to the next actor"):
-        node, _ = seen(cluster, "_Embedder", mining)
+    _, task = seen(cluster, EMBEDS, mining)
+    task.kill()
+    wait_until(lambda: not task.is_running(), "the task's end", mining)
+    with recovery("mining task killed, to the next one"):
+        node, _ = seen(cluster, EMBEDS, mining)
     cluster.kill_worker(node)
     cluster.add_worker()
-    with recovery("node of a mining actor killed, to the round's commit"):
+    with recovery("node of a mining task killed, to the round's commit"):
         assert mining.wait() == 0, mining.output()
     check_same(server, run, finished[0], "rounds/epoch-0002")
 
@@ -195,7 +198,7 @@ def test_two_rounds_at_once_and_a_clock_that_is_wrong(
     wait_until(lambda: lacking in output_of_both(), lacking, *rounds)
     ahead = cluster.add_worker(cpus=2, **with_a_wrong_clock())
     try:
-        wait_until(lambda: ahead.processes("_Embedder"), "an actor on the new node", *rounds)
+        wait_until(lambda: ahead.processes(EMBEDS), "a task on the new node", *rounds)
         results = {each.wait() for each in rounds}
     finally:
         cluster.kill_worker(ahead)
