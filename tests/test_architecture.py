@@ -16,6 +16,7 @@ LEVELS = [
         {"ranking"},
         {"mining"},
         {"training", "evaluation", "search"},
+        {"preferences"},
         {"report"},
         {"job", "serve"},
     ),

@@ -347,14 +347,18 @@ class ClusterSettings(_Section):
     train_workers: int = _free(1, ge=1, description="training workers (one per GPU)")
     gpus: Literal["auto", "none"] | int = _free(
         "auto",
-        description="GPUs per training worker and per embedding actor: auto is 1 if the cluster "
+        description="GPUs per training and per embedding worker: auto is 1 if the cluster "
         "has any, else none",
     )
     cpus_per_train_worker: int = _free(1, ge=1, description="CPUs and threads of a training worker")
-    embed_actors: int = _free(1, ge=1, description="actors that embed images and queries")
-    cpus_per_embed_actor: int = _free(1, ge=1, description="CPUs and threads of an embedding actor")
-    embed_batch: int = Field(64, ge=1, description="images embedded together, per actor")
-    decode_threads: int = _free(2, ge=1, description="image decoding threads per worker or actor")
+    embed_actors: int = _free(
+        1, ge=1, description="workers that embed images and queries: actors on GPUs, tasks without"
+    )
+    cpus_per_embed_actor: int = _free(
+        1, ge=1, description="CPUs and threads of an embedding worker"
+    )
+    embed_batch: int = Field(64, ge=1, description="images embedded together, per worker")
+    decode_threads: int = _free(2, ge=1, description="image decoding threads per worker")
     image_cache_mb: int = _free(
         512, ge=0, description="preprocessed images a training worker keeps in memory, MB"
     )

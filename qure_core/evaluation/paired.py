@@ -90,13 +90,19 @@ def figure_difference(
     )
 
 
-def samples_to_reach(points: Sequence[tuple[int, float]], level: float) -> int | None:
-    """Samples at which (samples, figure) first reach ``level``, by straight lines between them;
+def reached_at(points: Sequence[tuple[float, float]], level: float) -> float | None:
+    """Where (samples or seconds, figure) first reach ``level``, by straight lines between them;
     None if they never do."""
-    for number, (samples, value) in enumerate(points):
+    for number, (place, value) in enumerate(points):
         if value >= level:
             if number == 0:
-                return samples
+                return place
             before, was = points[number - 1]
-            return round(before + (samples - before) * (level - was) / (value - was))
+            return before + (place - before) * (level - was) / (value - was)
     return None
+
+
+def samples_to_reach(points: Sequence[tuple[float, float]], level: float) -> int | None:
+    """`reached_at`, in whole samples."""
+    reached = reached_at(points, level)
+    return None if reached is None else round(reached)

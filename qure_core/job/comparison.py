@@ -194,15 +194,22 @@ def line_result(line: Line) -> LineResult:
         row for row in read_metrics(run_dir) if row["kind"] == "epoch" and row["stage"] == "train"
     ]
     seen = np.cumsum([0, *(row["samples"] for row in epochs)]).tolist()
+    took = np.cumsum([0.0, *(float(row["seconds"]) for row in epochs)])
+    for manifest in committed(run_dir, "rounds"):
+        times = manifest["seconds"]
+        # What was mined at an epoch is waited for before the next.
+        took[manifest["epoch"] + 1 :] += times["embed"] + times["score to write, wall"]
     points = [
-        Point(seen[row["epoch"]], of_manifest(row).headline(row["metrics"])) for row in evaluations
+        Point(
+            seen[row["epoch"]],
+            of_manifest(row).headline(row["metrics"]),
+            round(float(took[row["epoch"]]), 3),
+        )
+        for row in evaluations
     ]
     rounds: list[RoundFacts] = []
     before: dict[str, np.ndarray] | None = None
-    seconds = sum(float(row["seconds"]) for row in epochs)
     for manifest in committed(run_dir, "rounds"):
-        times = manifest["seconds"]
-        seconds += times["embed"] + times["score to write, wall"]
         mined = read_mined_set(manifest["uri"])
         negatives, statistics = mined.negatives(), manifest["statistics"]
         rounds.append(
@@ -217,7 +224,7 @@ def line_result(line: Line) -> LineResult:
         )
         before = negatives
     ranks = target_ranks(evaluations[-1]["uri"])
-    return LineResult(line.name, line.seed, tuple(points), tuple(rounds), seconds, ranks)
+    return LineResult(line.name, line.seed, tuple(points), tuple(rounds), float(took[-1]), ranks)
 
 
 def _overlap(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:

@@ -44,7 +44,8 @@ class Grid(BaseModel):
     """A grid's file. Settings are by dotted name.
 
     metric: the figure that lines are ordered and compared by. recall: of which the samples needed
-    to reach them are told, in its percent.
+    to reach them are told, in its percent. reach: the line whose last figure others are to reach:
+    after how many samples and seconds they do is told.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,6 +57,7 @@ class Grid(BaseModel):
     baseline: str | None = None
     metric: str = "R@10"
     recall: list[float] = [50.0, 75.0]
+    reach: str | None = None
 
     @field_validator("lines", mode="before")
     @classmethod
@@ -95,11 +97,11 @@ def read_grid(path: str) -> Grid:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         place = ".".join(map(str, first["loc"])) if first else ""
         raise InputError(f"--grid: {path}: {place}: {first['msg'] if first else error}") from None
-    if grid.baseline is not None and grid.baseline not in grid.lines:
-        raise InputError(
-            f"--grid: {path}: baseline: {grid.baseline!r} is none of the lines "
-            f"{', '.join(grid.lines)}"
-        )
+    for what, name in (("baseline", grid.baseline), ("reach", grid.reach)):
+        if name is not None and name not in grid.lines:
+            raise InputError(
+                f"--grid: {path}: {what}: {name!r} is none of the lines {', '.join(grid.lines)}"
+            )
     if len(set(grid.seeds)) < len(grid.seeds):
         raise InputError(f"--grid: {path}: seeds: one of {grid.seeds} is there twice")
     return grid

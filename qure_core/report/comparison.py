@@ -14,7 +14,13 @@ import numpy as np
 
 from qure_core import storage
 from qure_core.base.errors import InputError
-from qure_core.evaluation.paired import Difference, Ranks, figure_difference, samples_to_reach
+from qure_core.evaluation.paired import (
+    Difference,
+    Ranks,
+    figure_difference,
+    reached_at,
+    samples_to_reach,
+)
 from qure_core.evaluation.published import PUBLISHED
 from qure_core.report.figures import recall_curves, share_against_margin
 
@@ -27,14 +33,17 @@ class Compared(Protocol):
     baseline: str | None
     metric: str
     recall: list[float]
+    reach: str | None
 
 
 @dataclass(frozen=True)
 class Point:
-    """Figures in percent, by name, after so many triplets were seen."""
+    """Figures in percent, by name, after so many triplets were seen in so many seconds of epochs
+    and rounds."""
 
     samples: int
     figures: dict[str, float]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,9 @@ def summarise_lines(grid: Compared, results: Sequence[LineResult]) -> dict[str, 
             f"{level:g}": [samples_to_reach(curve, level) for curve in curves]
             for level in grid.recall
         }
+        to_reach = None
+        if grid.reach is not None:
+            to_reach = _to_reach(own, by_name[grid.reach], grid.metric)
         ends = [result.rounds[-1] for result in own if result.rounds]
         known = [r.false_negatives for r in ends if r.false_negatives is not None]
         overlaps = [r.overlap for result in own for r in result.rounds if r.overlap is not None]
@@ -123,6 +135,7 @@ def summarise_lines(grid: Compared, results: Sequence[LineResult]) -> dict[str, 
                 },
                 "seconds": float(np.mean([result.seconds for result in own])),
                 "samples_to_reach": reached,
+                "to_reach": to_reach,
                 "false_negatives": float(np.mean(known)) if known else None,
                 "mined": {
                     "margin": float(np.mean([r.margin for r in ends])),
@@ -139,7 +152,26 @@ def summarise_lines(grid: Compared, results: Sequence[LineResult]) -> dict[str, 
             }
         )
     rows.sort(key=lambda row: -row["figures"][grid.metric]["mean"])
-    return {"metric": grid.metric, "baseline": baseline, "seeds": grid.seeds, "lines": rows}
+    whole = {"metric": grid.metric, "baseline": baseline, "reach": grid.reach}
+    return whole | {"seeds": grid.seeds, "lines": rows}
+
+
+def _to_reach(
+    own: Sequence[LineResult], other: Sequence[LineResult], metric: str
+) -> dict[str, list[float | None]]:
+    """Samples and seconds until a line first has the figure with which ``other`` ends under the
+    same seed, and the share of the other's samples that these are."""
+    found: dict[str, list[float | None]] = {"samples": [], "seconds": [], "share": []}
+    for result, goal in zip(own, other, strict=True):
+        level, whole = goal.points[-1].figures[metric], goal.points[-1].samples
+        samples, seconds = (
+            reached_at([(at(p), p.figures[metric]) for p in result.points], level)
+            for at in (lambda p: p.samples, lambda p: p.seconds)
+        )
+        found["samples"].append(None if samples is None else round(samples))
+        found["seconds"].append(seconds)
+        found["share"].append(None if samples is None else samples / whole)
+    return found
 
 
 def _number(figure: Mapping[str, float | None]) -> str:
@@ -154,7 +186,9 @@ def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     metric = summary["metric"]
     columns = ["line", *names, f"{metric} less {summary['baseline']}'s", ""]
     columns += [f"samples to {metric} {level}" for level in levels]
-    columns += ["seconds"]
+    if summary["reach"]:
+        columns += [f"to {summary['reach']}'s end: samples", "share of its samples", "seconds"]
+    columns += ["seconds in all"]
     rows = []
     for line in summary["lines"]:
         difference, reached = line["difference"], line["samples_to_reach"]
@@ -171,6 +205,7 @@ def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 else f"{difference['mean']:+.2f}{interval}",
                 difference["verdict"],
                 *(_reached(reached[level]) for level in levels),
+                *_told_reach(line["to_reach"]),
                 f"{line['seconds']:.0f}",
             ]
         )
@@ -199,11 +234,18 @@ def mined_table(summary: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _reached(samples: Sequence[int | None]) -> str:
-    known = [value for value in samples if value is not None]
+def _reached(values: Sequence[float | None], form: str = ",.0f") -> str:
+    known = [value for value in values if value is not None]
     if not known:
         return "not"
-    return f"{np.mean(known):,.0f}" + ("" if len(known) == len(samples) else " (some)")
+    return f"{np.mean(known):{form}}" + ("" if len(known) == len(values) else " (some)")
+
+
+def _told_reach(to_reach: dict[str, list[float | None]] | None) -> list[str]:
+    if to_reach is None:
+        return []
+    forms = {"samples": ",.0f", "share": ".1%", "seconds": ",.1f"}
+    return [_reached(to_reach[name], form) for name, form in forms.items()]
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

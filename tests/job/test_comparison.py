@@ -17,6 +17,7 @@ from conftest import JOB, ROOT, Runner
 
 from qure_core.base.config import Settings
 from qure_core.base.errors import InputError
+from qure_core.evaluation.paired import samples_to_reach
 from qure_core.job.comparison import compare
 from qure_core.job.grid import plan_lines, read_grid
 
@@ -78,6 +79,7 @@ def test_lines_share_their_seeds_start(tmp_path: Path) -> None:
         ({"lines": {}}, "lines: .* at least 1 item"),
         ({"lins": {}}, "lins: Extra inputs"),
         ({"baseline": "Qure"}, "baseline: 'Qure' is none of the lines QuRe, contrastive"),
+        ({"reach": "Qure"}, "reach: 'Qure' is none of the lines QuRe, contrastive"),
         ({"seeds": [1, 1]}, r"seeds: one of \[1, 1\] is there twice"),
         ({"lines": {"a b": {}, "a-b": {}}}, "two names differ by nothing but signs"),
         ({"lines": {"x": {"train.lrr": 1}}}, "--grid: x.*train.lrr"),
@@ -193,7 +195,7 @@ def compared(
     world: Path, run_pipeline: Runner, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("compared")
-    done = run_pipeline("compare", *arguments(world, folder / "out", written(folder)))
+    done = run_pipeline("compare", *arguments(world, folder / "out", written(folder, reach="QuRe")))
     assert done.returncode == 0, done.stderr
     return folder / "out", done.stdout
 
@@ -215,6 +217,16 @@ def test_a_comparison_says_what_it_found(compared: tuple[Path, str]) -> None:
         assert line["difference"]["by_seed"] == pytest.approx(own)
         assert line["samples_to_reach"]["1"] == [0, 0]
         assert line["samples_to_reach"]["101"] == [None, None]
+        for seed, curve in enumerate(line["curves"]):
+            goal = base["curves"][seed][-1][1]
+            samples = line["to_reach"]["samples"][seed]
+            assert samples == samples_to_reach(curve, goal)
+            seconds, share = (line["to_reach"][name][seed] for name in ("seconds", "share"))
+            if samples is None:
+                assert (seconds, share) == (None, None)
+            else:
+                assert 0 <= seconds <= line["seconds"] * 2
+                assert share == pytest.approx(samples / 180, abs=1e-2)
         mined = line["name"] != "contrastive"
         assert (line["false_negatives"] is not None) == mined
         evaluations = [

@@ -1,0 +1,1 @@
+"""People's choices between two results: kept, counted, and what they say."""
