@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 
 from qure_core import storage
 from qure_core.base.errors import InputError
@@ -96,12 +97,19 @@ def forget() -> None:
     print(f"{count:,} judgements of {chosen.name} were removed")
 
 
+VERBS: dict[str, Callable[[], None]] = {
+    "import": bring_in,
+    "report": report,
+    "compact": compact,
+    "export": export,
+    "forget": forget,
+}
+
+
 def main() -> None:
-    verbs = {"import": bring_in, "report": report, "compact": compact}
-    verbs |= {"export": export, "forget": forget}
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    if verb in verbs:
-        run_main(verbs[verb])
+    if verb in VERBS:
+        run_main(VERBS[verb])
     print(__doc__)
     sys.exit(0 if verb in ("-h", "--help") else 2)
 

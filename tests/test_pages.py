@@ -102,7 +102,10 @@ def test_commands_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("QURE_HOME", str(tmp_path))
     places = {
         "CONFIG": "configs/jsonl.yaml",
-        **{name: str(tmp_path / name) for name in ("DATA", "DIR", "OUT", "RUN", "ROUND", "INDEX")},
+        **{
+            name: str(tmp_path / name)
+            for name in ("DATA", "DIR", "OUT", "RUN", "ROUND", "INDEX", "STUDY")
+        },
         **{"QUERY_ID": "q1", "BUCKET": "bucket"},
     }
     seen: dict[str, int] = {}
@@ -111,11 +114,13 @@ def test_commands_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             re.sub(r"\b[A-Z_]{3,}\b", lambda m: places.get(m[0], m[0]), word) for word in arguments
         ]
         module = script(path)
-        if words[:1] in (["inspect"], ["export"], ["remove"], ["compact"]):
+        verbs = {"inspect", "export", "remove", "compact"}
+        if words and words[0] in getattr(module, "VERBS", verbs):
             monkeypatch.setattr(sys, "argv", [path, *words])
             kinds = r"so this is not a finished (mined set|dataset|search index)"
+            kinds += r"|so this is no preference study|hpfiq.json is not there"
             with pytest.raises(InputError, match=kinds):
-                getattr(module, words[0])()
+                (module.VERBS if hasattr(module, "VERBS") else vars(module))[words[0]]()
         else:
             words = [word.replace("/home/ray/qure/", "") for word in words]
             monkeypatch.setattr(sys, "argv", [path, *words])
