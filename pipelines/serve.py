@@ -15,19 +15,16 @@ import asyncio
 import os
 import sys
 import webbrowser
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.runtime.command import run_job
-from qure_core.serve.options import checked_token
 
 if TYPE_CHECKING:
     from qure_core.serve.ingress import Served
 
 _SCREENS = {"DISPLAY", "WAYLAND_DISPLAY"}
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
 def read() -> argparse.Namespace:
@@ -63,15 +60,6 @@ def read() -> argparse.Namespace:
     return chosen
 
 
-def token_of(path: str | None) -> str | None:
-    """The token that a file holds."""
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise InputError(f"--token-file: {path} is no file")
-    return checked_token(Path(path).read_text().strip(), f"--token-file: {path}")
-
-
 def work(chosen: Any) -> None:
     import ray
 
@@ -79,7 +67,7 @@ def work(chosen: Any) -> None:
     from qure_core.runtime.resources import connect
     from qure_core.search.index import CACHE, Index, checkpoint_of
     from qure_core.serve.application import Sizes, started
-    from qure_core.serve.options import Options
+    from qure_core.serve.options import LOOPBACK, Options, token_of
 
     token = token_of(chosen.token_file)
     index = Index.open(chosen.index)

@@ -118,7 +118,7 @@ def test_commands_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if words and words[0] in getattr(module, "VERBS", verbs):
             monkeypatch.setattr(sys, "argv", [path, *words])
             kinds = r"so this is not a finished (mined set|dataset|search index)"
-            kinds += r"|so this is no preference study|hpfiq.json is not there"
+            kinds += r"|so this is no preference study|(hpfiq.json|queries.jsonl) is not there"
             with pytest.raises(InputError, match=kinds):
                 (module.VERBS if hasattr(module, "VERBS") else vars(module))[words[0]]()
         else:

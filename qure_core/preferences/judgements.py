@@ -32,7 +32,8 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 STUDY_KIND = storage.Kind(
     "preference study",
     r"study\.json|judgements-[0-9a-f]{16}\.parquet|"
-    r"judgements/[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}\.json",
+    r"judgements/[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}\.json|"
+    r"pairs\.json|plans/[A-Za-z0-9_-]{1,64}\.json",
 )
 _THREADS = 16  # an object store answers many at once
 
@@ -188,6 +189,8 @@ class Study:
         folder = storage.join(self.uri, "judgements", participant)
         names = [name for name in storage.list_names(folder) if name.endswith(".json")]
         storage.remove_files(folder, names)
+        storage.remove_empty_folder(folder)
+        storage.remove_file(storage.join(self.uri, "plans", f"{participant}.json"))
         if names and storage.is_committed(self.uri):
             self.compacted()
         return len(names)

@@ -34,7 +34,7 @@ from qure_core.serve.options import Options, Version
 from qure_core.serve.replicas import Asked, Encoded, Wanted
 
 MOST = 1000  # answers that can be asked for, page by page
-_SIDES = (64, 512)  # of a thumbnail, pixels
+SIDES = (64, 512)  # of a thumbnail, pixels
 _SHOWN_VALUES = 200  # of a metadata column, that the page offers
 _TEXT = 2000  # characters
 
@@ -152,14 +152,16 @@ class Service:
         row = _row(now.index, image_id)
         tag = f'"{row["sha256"][:16]}-{side}"'
         pixels, limit = now.manifest["pixels"], now.manifest["max_image_pixels"]
-        try:
-            made = await asyncio.to_thread(
-                _thumbnail, row["uri"], row["sha256"], side, pixels, limit
-            )
-        except (InputError, OSError) as error:
-            print(f"[serve] {error}", flush=True)
-            raise HTTPException(404, "the picture of this id cannot be read") from None
-        return made, tag
+        return await make_thumbnail(row["uri"], row["sha256"], side, pixels, limit), tag
+
+
+async def make_thumbnail(uri: str, sha256: str, side: int, pixels: Any, limit: int) -> bytes:
+    """A picture within ``side`` pixels; 404 if it cannot be read."""
+    try:
+        return await asyncio.to_thread(_thumbnail, uri, sha256, side, pixels, limit)
+    except (InputError, OSError) as error:
+        print(f"[serve] {error}", flush=True)
+        raise HTTPException(404, "the picture of this id cannot be read") from None
 
 
 @lru_cache(maxsize=4096)
@@ -288,7 +290,7 @@ def make_app(options: Options, backend: Backend) -> Served:
     async def image(
         image_id: str,
         request: Request,
-        side: Annotated[int, Query(ge=_SIDES[0], le=_SIDES[1])] = 256,
+        side: Annotated[int, Query(ge=SIDES[0], le=SIDES[1])] = 256,
     ) -> Response:
         """A picture of the index, no larger than ``side`` pixels."""
         made, tag = await service.picture(image_id, side)
@@ -397,10 +399,14 @@ def make_app(options: Options, backend: Backend) -> Served:
         ("/page.css", "page.css", "text/css; charset=utf-8"),
         ("/icon.svg", "icon.svg", "image/svg+xml"),
     ):
-        content = (page / name).read_bytes()
-
-        def serve_file(content: bytes = content, kind: str = kind) -> Response:
-            return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
-
-        app.get(path, include_in_schema=False)(serve_file)
+        serve_page(app, path, (page / name).read_bytes(), kind)
     return Served(guard, service)
+
+
+def serve_page(app: FastAPI, path: str, content: bytes, kind: str) -> None:
+    """Add a file of a page."""
+
+    def serve_file() -> Response:
+        return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
+
+    app.get(path, include_in_schema=False)(serve_file)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.search.index import CACHE, INDEX_KIND
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+"""Names of this machine alone."""
 
 
 def checked_token(token: str, source: str) -> str:
@@ -20,6 +24,15 @@ def checked_token(token: str, source: str) -> str:
             "semicolons and backslashes"
         )
     return token
+
+
+def token_of(path: str | None) -> str | None:
+    """The token that a file holds."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"--token-file: {path} is no file")
+    return checked_token(Path(path).read_text().strip(), f"--token-file: {path}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2]
 
 @contextmanager
 def service(
-    *arguments: str, script: str = "pipelines/serve.py", seconds: float = 120
+    *arguments: str,
+    script: str = "pipelines/serve.py",
+    says: str = r"serving .* images: (http://\S+)/",
+    seconds: float = 120,
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Start ``pipelines/serve.py``, or what starts it; yields its address, where it answers
     already, and the process.
@@ -37,7 +40,7 @@ def service(
         try:
             os.set_blocking(read, False)
             end = time.monotonic() + seconds
-            while not (found := re.search(r"serving .* images: (http://\S+)/", said)):
+            while not (found := re.search(says, said)):
                 said += (output.read() or b"").decode()
                 assert time.monotonic() < end, f"no service: {said}"
                 assert process.poll() is None, said

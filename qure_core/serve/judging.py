@@ -1,0 +1,159 @@
+"""The study's page and its routes: two results of a query, and which of them is better.
+
+Which model a side is of, and what a question is for, never leave the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from qure_core.preferences.judgements import Choice, Judgement, Study
+from qure_core.preferences.questions import Pairs, Question, in_turn, plan_of
+from qure_core.serve.guard import COOKIE, Guard
+from qure_core.serve.ingress import SIDES, image_path, make_thumbnail, serve_page
+from qure_core.serve.options import Options
+
+_HASHED = r"^[0-9a-f]{16}$"
+_LONGEST = 24 * 3600.0  # seconds of one answer: what is longer was left open
+
+
+class Begin(BaseModel):
+    """Who takes part. The name is hashed before anything is stored."""
+
+    name: str = Field(min_length=1, max_length=200)
+
+
+class Judged(BaseModel):
+    """An answer."""
+
+    participant: str = Field(pattern=_HASHED)
+    question: str = Field(pattern=r"^q[0-9]{4,8}$")
+    choice: Choice
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+
+class Undone(BaseModel):
+    """Whose last answer is taken back."""
+
+    participant: str = Field(pattern=_HASHED)
+
+
+def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
+    """The study's application."""
+    app = FastAPI(title="Preference study", version="1", docs_url=None, redoc_url=None)
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        print(f"[collect] {type(error).__name__}: {error}", flush=True)
+        return JSONResponse({"detail": "the study failed; its log says why"}, 500)
+
+    def state(participant: str) -> tuple[list[Question], list[Judgement]]:
+        return plan_of(pairs, study, participant), study.answered(participant)
+
+    def shown(participant: str) -> dict[str, Any]:
+        plan, judged = state(participant)
+        question = in_turn(plan, [one.question for one in judged])
+        told: dict[str, Any] = {
+            "participant": participant,
+            "done": len(judged),
+            "total": len(plan),
+            "question": None,
+        }
+        if question is not None:
+            told["question"] = {
+                "id": question.question,
+                "text": question.text,
+                "reference": image_path(question.reference_id),
+                "left": [image_path(name) for name in question.left_ids],
+                "right": [image_path(name) for name in question.right_ids],
+            }
+        return told
+
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.post("/v1/session", include_in_schema=False)
+    async def session(response: Response) -> dict[str, str]:
+        if options.token is not None:
+            response.set_cookie(COOKIE, options.token, httponly=True, samesite="strict")
+        return {"status": "welcome"}
+
+    @app.post("/v1/begin")
+    async def begin(who: Begin) -> dict[str, Any]:
+        """Begin, or go on with, a participant's questions."""
+        if not who.name.strip():
+            raise HTTPException(422, "say a name; it is not stored")
+        participant = await asyncio.to_thread(study.participant, who.name)
+        return await asyncio.to_thread(shown, participant)
+
+    @app.get("/v1/next")
+    async def following(participant: Annotated[str, Query(pattern=_HASHED)]) -> dict[str, Any]:
+        """The question that is next, as after a reload."""
+        return await asyncio.to_thread(shown, participant)
+
+    @app.post("/v1/judge")
+    async def judge(judged: Judged) -> dict[str, Any]:
+        """Keep an answer; sent again, it counts once. Gives the question that is next."""
+
+        def keep() -> dict[str, Any]:
+            plan = {one.question: one for one in plan_of(pairs, study, judged.participant)}
+            if judged.question not in plan:
+                raise HTTPException(404, "this participant was not asked that")
+            asked = plan[judged.question]
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            study.write(
+                Judgement(
+                    participant=judged.participant,
+                    choice=judged.choice,
+                    seconds=min(judged.seconds, _LONGEST),
+                    time=now,
+                    **vars(asked),
+                )
+            )
+            return shown(judged.participant)
+
+        return await asyncio.to_thread(keep)
+
+    @app.post("/v1/undo")
+    async def undo(who: Undone) -> dict[str, Any]:
+        """Take the last answer back, and ask it again."""
+
+        def take_back() -> dict[str, Any]:
+            plan, judged = state(who.participant)
+            done = {one.question for one in judged}
+            last = [one.question for one in plan if one.question in done][-1:]
+            for question in last:
+                study.take_back(who.participant, question)
+            return shown(who.participant)
+
+        return await asyncio.to_thread(take_back)
+
+    @app.get("/v1/images/{image_id:path}", response_class=Response)
+    async def image(
+        image_id: str, side: Annotated[int, Query(ge=SIDES[0], le=SIDES[1])] = 256
+    ) -> Response:
+        """A picture of the study, no larger than ``side`` pixels."""
+        if image_id not in pairs.images:
+            raise HTTPException(404, "the study has no such image")
+        uri, digest = pairs.images[image_id]
+        made = await make_thumbnail(uri, digest, side, pairs.pixels, pairs.max_pixels)
+        headers = {"cache-control": "private, max-age=3600"}
+        return Response(made, media_type="image/jpeg", headers=headers)
+
+    page = resources.files("qure_core.serve") / "page"
+    for path, name, kind in (
+        ("/", "judge.html", "text/html; charset=utf-8"),
+        ("/page.js", "judge.js", "text/javascript; charset=utf-8"),
+        ("/page.css", "judge.css", "text/css; charset=utf-8"),
+        ("/icon.svg", "icon.svg", "image/svg+xml"),
+    ):
+        serve_page(app, path, (page / name).read_bytes(), kind)
+    return Guard(app, options)
