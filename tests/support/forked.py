@@ -18,6 +18,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,6 +35,15 @@ _LIBRARIES = [
 def _server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LIBRARIES)
+    # Ray takes its mode from here when it is imported, and then for good: whether a test before
+    # has started Ray, which sets it, must not matter.
+    before = os.environ.get("RAY_AUTH_MODE")
+    os.environ["RAY_AUTH_MODE"] = "token"
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["RAY_AUTH_MODE"]
+    else:
+        os.environ["RAY_AUTH_MODE"] = before
     return context
 
 
