@@ -114,12 +114,23 @@ class Pairs:
         return cls(**(value | known | {"pairs": pairs, "images": images, "asking": asking}))
 
 
-def plan_of(pairs: Pairs, study: Study, participant: str) -> list[Question]:
-    """The questions of a participant: drawn and kept when they first come."""
-    place = storage.join(study.uri, "plans", f"{participant}.json")
+def _plan(study: Study, participant: str) -> str:
+    return storage.join(study.uri, "plans", f"{participant}.json")
+
+
+def begin_plan(pairs: Pairs, study: Study, participant: str) -> None:
+    """Draw and keep a participant's questions, unless they have some."""
+    place = _plan(study, participant)
     if not storage.exists(place):
         drawn = draw_questions(pairs, _asked_so_far(study), participant)
         storage.create(place, storage.compact_json([asdict(one) for one in drawn]))
+
+
+def plan_of(study: Study, participant: str) -> list[Question] | None:
+    """The questions of a participant; None of one who has not begun."""
+    place = _plan(study, participant)
+    if not storage.exists(place):
+        return None
     return [
         Question(**(row | {side: tuple(row[side]) for side in ("left_ids", "right_ids")}))
         for row in storage.read_json(place)

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from qure_core.preferences.judgements import Choice, Judgement, Study
-from qure_core.preferences.questions import Pairs, Question, in_turn, plan_of
+from qure_core.preferences.questions import Pairs, Question, begin_plan, in_turn, plan_of
 from qure_core.serve.guard import COOKIE, Guard
 from qure_core.serve.ingress import SIDES, image_path, make_thumbnail, serve_page
 from qure_core.serve.options import Options
@@ -54,8 +54,14 @@ def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
         print(f"[collect] {type(error).__name__}: {error}", flush=True)
         return JSONResponse({"detail": "the study failed; its log says why"}, 500)
 
+    def planned(participant: str) -> list[Question]:
+        plan = plan_of(study, participant)
+        if plan is None:
+            raise HTTPException(404, "nobody has begun by that name; begin again")
+        return plan
+
     def state(participant: str) -> tuple[list[Question], list[Judgement]]:
-        return plan_of(pairs, study, participant), study.answered(participant)
+        return planned(participant), study.answered(participant)
 
     def shown(participant: str) -> dict[str, Any]:
         plan, judged = state(participant)
@@ -91,8 +97,13 @@ def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
         """Begin, or go on with, a participant's questions."""
         if not who.name.strip():
             raise HTTPException(422, "say a name; it is not stored")
-        participant = await asyncio.to_thread(study.participant, who.name)
-        return await asyncio.to_thread(shown, participant)
+
+        def first() -> dict[str, Any]:
+            participant = study.participant(who.name)
+            begin_plan(pairs, study, participant)
+            return shown(participant)
+
+        return await asyncio.to_thread(first)
 
     @app.get("/v1/next")
     async def following(participant: Annotated[str, Query(pattern=_HASHED)]) -> dict[str, Any]:
@@ -104,7 +115,7 @@ def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
         """Keep an answer; sent again, it counts once. Gives the question that is next."""
 
         def keep() -> dict[str, Any]:
-            plan = {one.question: one for one in plan_of(pairs, study, judged.participant)}
+            plan = {one.question: one for one in planned(judged.participant)}
             if judged.question not in plan:
                 raise HTTPException(404, "this participant was not asked that")
             asked = plan[judged.question]

@@ -131,6 +131,7 @@ def test_a_study_from_beginning_to_end(
         refused = {"participant": token, "question": "q9999", "choice": "left", "seconds": 1}
         for change, status in (
             ({}, 404),
+            ({"participant": "0123456789abcdef"}, 404),  # who has not begun
             ({"question": "../../x"}, 422),
             ({"participant": "../../x"}, 422),
             ({"choice": "middle"}, 422),
@@ -144,6 +145,7 @@ def test_a_study_from_beginning_to_end(
         assert ada.evaluate("document.documentElement.scrollWidth") <= 390
         ada.screenshot(path=str(tmp_path / "phone.png"))
         assert not errors
+        assert len(list((study / "plans").iterdir())) == 2
     # Killed and begun again by the same command, it goes on.
     with service(*arguments, script=script, says=SAYS) as (address, _):
         page = browser.new_context().new_page()

@@ -30,6 +30,10 @@ async function ask(path, body) {
     await fetch("/v1/session", { method: "POST", headers: { authorization: `Bearer ${token}` } });
     return ask(path, body);
   }
+  if (answer.status === 404 && !body) { // a study begun anew, or one of another name
+    sessionStorage.removeItem("participant");
+    participant = null;
+  }
   if (!answer.ok) {
     const told = await answer.json().catch(() => ({}));
     const detail = typeof told.detail === "string" ? told.detail : `status ${answer.status}`;
