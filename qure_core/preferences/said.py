@@ -6,7 +6,6 @@ resampled, for what one of them says is not independent.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from math import comb
 from typing import Any
@@ -141,33 +140,31 @@ def strengths(judgements: Sequence[Judgement]) -> list[dict[str, Any]] | None:
     if len(models) < 2:
         return None
     place = {name: number for number, name in enumerate(models)}
-    by_person: dict[str, list[tuple[int, int]]] = {}
+    people = sorted({one.participant for one in duels})
+    wins_PMM = np.zeros((len(people), len(models), len(models)))
     for one in duels:
         left, right = place[one.left_model], place[one.right_model]
-        # Twice, so that a tie can be one win of each.
-        own = {"left": [(left, right)] * 2, "right": [(right, left)] * 2}
-        pairs = own.get(one.choice, [(left, right), (right, left)])
-        by_person.setdefault(one.participant, []).extend(pairs)
-    people = list(by_person.values())
+        wins_MM = wins_PMM[people.index(one.participant)]
+        share = {"left": 1.0, "right": 0.0}.get(one.choice, 0.5)
+        wins_MM[left, right] += share
+        wins_MM[right, left] += 1 - share
 
-    def fitted(chosen: Sequence[list[tuple[int, int]]]) -> np.ndarray:
-        data = [pair for own in chosen for pair in own]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            # A little of a prior: a model that never loses has no finite strength else.
-            return choix.opt_pairwise(len(models), data, alpha=1e-3)
+    def fitted(wins_MM: np.ndarray) -> np.ndarray:
+        # A little of a prior: a model that never loses has no finite strength else.
+        found_M: np.ndarray = choix.ilsr_pairwise_dense(wins_MM, alpha=1e-3)
+        return found_M - found_M.mean()
 
-    strength_M = fitted(people)
+    strength_M = fitted(wins_PMM.sum(axis=0))
     rng = np.random.default_rng(_SEED)
-    draws = rng.integers(len(people), size=(_RESAMPLES // 5, len(people)))
-    resampled = np.stack([fitted([people[i] for i in drawn]) for drawn in draws])
+    draws = rng.integers(len(people), size=(_RESAMPLES, len(people)))
+    resampled = np.stack([fitted(wins_PMM[drawn].sum(axis=0)) for drawn in draws])
     low_M, high_M = np.quantile(resampled, [0.025, 0.975], axis=0)
     rows = [
         {
             "model": name,
-            "strength": float(strength_M[i] - strength_M.mean()),
+            "strength": float(strength_M[i]),
             "interval_95": [float(low_M[i]), float(high_M[i])],
-            "wins": float(100 / (1 + np.exp(strength_M.mean() - strength_M[i]))),
+            "wins": float(100 / (1 + np.exp(-strength_M[i]))),
             "judgements": sum(name in (one.left_model, one.right_model) for one in duels),
         }
         for i, name in enumerate(models)

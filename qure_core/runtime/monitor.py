@@ -136,7 +136,7 @@ class Monitor:
 
     def end_training(self) -> None:
         """Its workers are done; what they said last is heard."""
-        self._look()
+        self._try_to_look()
         with self._lock:
             self.account.end()
 
@@ -162,10 +162,13 @@ class Monitor:
 
     def _watch(self) -> None:
         while not self._over.wait(_LOOK_EVERY):
-            try:
-                self._look()
-            except Exception as error:  # the job matters more than what is told of it
-                print(f"[monitor] {type(error).__name__}: {error}", flush=True)
+            self._try_to_look()
+
+    def _try_to_look(self) -> None:
+        try:
+            self._look()
+        except Exception as error:  # the job matters more than what is told of it
+            print(f"[monitor] {type(error).__name__}: {error}", flush=True)
 
     def _look(self) -> None:
         if self.board is not None and ray.is_initialized():

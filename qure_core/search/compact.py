@@ -20,7 +20,7 @@ from qure_core.embeddings.stage import IMAGES_PER_SHARD, write_shard
 from qure_core.runtime.progress import Progress
 from qure_core.search.approximate_build import make_faiss
 from qure_core.search.build import MADE_WITH, version_rows
-from qure_core.search.index import FAISS_KIND, INDEX_KIND
+from qure_core.search.index import CACHE, FAISS_KIND, INDEX_KIND
 from qure_core.search.questions import open_questions
 from qure_core.search.version import Version
 
@@ -95,8 +95,11 @@ def _copy(output: str, segment: str, own: dict[str, dict[str, Any]]) -> None:
     if storage.kept(uri, EMBEDDINGS_KIND, plan):
         return
     there = storage.resume(uri, EMBEDDINGS_KIND, plan)
+    # Of a remote index copies are read: its segments' images are strewn among one another.
     shards = {
-        name: EmbeddingShards.open(storage.join(output, name))
+        name: EmbeddingShards.open(
+            storage.kept_copy(storage.join(output, name), EMBEDDINGS_KIND, CACHE)
+        )
         for name in sorted({row["segment"] for row in own.values()})
     }
     any_of = next(iter(shards.values()))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from conftest import Runner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,6 +58,7 @@ def place(
     if request.param == "disk":
         yield str(tmp_path_factory.mktemp("studies"))
         return
+    s3fs.S3FileSystem.clear_instance_cache()  # of another module's server
     with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
