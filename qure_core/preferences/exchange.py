@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,21 +23,24 @@ def read_judgements(uri: str, study: Study) -> list[Judgement]:
         return _of_released(uri, study)
     if not uri.endswith(".jsonl"):
         raise InputError(f"{uri}: its name has to end in .json (as HP-FashionIQ) or .jsonl")
-    found = []
+    found = [judgement_of(value, where) for where, value in json_lines(uri)]
+    return _each_once(found, uri)
+
+
+def json_lines(uri: str) -> Iterator[tuple[str, Any]]:
+    """Where each line of a file is, for people, and its value; `InputError` naming one that is no
+    JSON."""
     try:
         lines = storage.read_bytes(uri).decode().splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{uri}: is not UTF-8 ({error})") from None
     for number, line in enumerate(lines, 1):
-        where = f"{uri}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: is no JSON ({error})") from None
-        found.append(judgement_of(value, where))
-    return _each_once(found, uri)
+        if line.strip():
+            where = f"{uri}, line {number}"
+            try:
+                yield where, json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{where}: is no JSON ({error})") from None
 
 
 def _each_once(found: Sequence[Judgement], uri: str) -> list[Judgement]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from qure_core import storage
 from qure_core.base.errors import InputError
 from qure_core.base.seeds import generator
+from qure_core.preferences.exchange import json_lines
 from qure_core.preferences.questions import Asking, Pair, Pairs
 from qure_core.search.retriever import Question, Retriever
 
@@ -16,28 +14,20 @@ _OTHERS = 500  # images that sides of obvious questions are drawn from
 
 def read_queries(uri: str) -> list[tuple[str, str, str]]:
     """(id, reference image id, text) of every line {"image": ..., "text": ..., "id": ...}; without
-    an id a line is known by its number. Raises `InputError` naming the line that is wrong."""
+    an id a query is known by its number. Raises `InputError` naming the line that is wrong."""
     if not storage.is_file(uri):
         raise InputError(f"--queries: {uri} is not there")
     found: dict[str, tuple[str, str, str]] = {}
-    try:
-        lines = storage.read_bytes(uri).decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"--queries: {uri} is not UTF-8 ({error})") from None
-    for number, line in enumerate(lines, 1):
-        where = f"--queries: {uri}, line {number}"
-        if not line.strip():
-            continue
+    for number, (where, value) in enumerate(json_lines(uri), 1):
         try:
-            value: Any = json.loads(line)
             image, text = value["image"], value.get("text", "")
-            name = str(value.get("id", f"line {number}"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            name = str(value.get("id", f"query {number}"))
+        except (KeyError, TypeError, AttributeError):
             image = text = name = None
         if not isinstance(image, str) or not isinstance(text, str) or name is None:
-            raise InputError(f'{where}: is not {{"image": ID, "text": ...}}')
+            raise InputError(f'--queries: {where}: is not {{"image": ID, "text": ...}}')
         if name in found:
-            raise InputError(f"{where}: id {name!r} is there twice")
+            raise InputError(f"--queries: {where}: id {name!r} is there twice")
         found[name] = (name, image, text)
     if not found:
         raise InputError(f"--queries: {uri} holds no query")

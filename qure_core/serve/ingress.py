@@ -392,21 +392,22 @@ def make_app(options: Options, backend: Backend) -> Served:
             ),
         )
 
-    page = resources.files("qure_core.serve") / "page"
-    for path, name, kind in (
-        ("/", "index.html", "text/html; charset=utf-8"),
-        ("/page.js", "page.js", "text/javascript; charset=utf-8"),
-        ("/page.css", "page.css", "text/css; charset=utf-8"),
-        ("/icon.svg", "icon.svg", "image/svg+xml"),
-    ):
-        serve_page(app, path, (page / name).read_bytes(), kind)
+    serve_page(app, "index.html", "page.js", "page.css")
     return Served(guard, service)
 
 
-def serve_page(app: FastAPI, path: str, content: bytes, kind: str) -> None:
-    """Add a file of a page."""
+def serve_page(app: FastAPI, html: str, script: str, style: str) -> None:
+    """Add a page of the package's, by the names of its files."""
+    folder = resources.files("qure_core.serve") / "page"
+    for path, name, kind in (
+        ("/", html, "text/html; charset=utf-8"),
+        ("/page.js", script, "text/javascript; charset=utf-8"),
+        ("/page.css", style, "text/css; charset=utf-8"),
+        ("/icon.svg", "icon.svg", "image/svg+xml"),
+    ):
+        content = (folder / name).read_bytes()
 
-    def serve_file() -> Response:
-        return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
+        def serve_file(content: bytes = content, kind: str = kind) -> Response:
+            return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
 
-    app.get(path, include_in_schema=False)(serve_file)
+        app.get(path, include_in_schema=False)(serve_file)

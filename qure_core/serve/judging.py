@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
@@ -159,12 +158,5 @@ def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
         headers = {"cache-control": "private, max-age=3600"}
         return Response(made, media_type="image/jpeg", headers=headers)
 
-    page = resources.files("qure_core.serve") / "page"
-    for path, name, kind in (
-        ("/", "judge.html", "text/html; charset=utf-8"),
-        ("/page.js", "judge.js", "text/javascript; charset=utf-8"),
-        ("/page.css", "judge.css", "text/css; charset=utf-8"),
-        ("/icon.svg", "icon.svg", "image/svg+xml"),
-    ):
-        serve_page(app, path, (page / name).read_bytes(), kind)
+    serve_page(app, "judge.html", "judge.js", "judge.css")
     return Guard(app, options)
