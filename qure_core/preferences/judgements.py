@@ -185,13 +185,14 @@ class Study:
 
     def forget(self, participant: str) -> int:
         """Remove everything of a participant, from the last `compacted` too; return how many
-        judgements it were."""
+        judgements it were. Killed, the same call goes on. Raises `InputError` naming an object
+        among theirs that is no judgement."""
         folder = storage.join(self.uri, "judgements", participant)
-        names = [name for name in storage.list_names(folder) if name.endswith(".json")]
+        names = [f"{one.question}.json" for one in self.answered(participant)]
         storage.remove_files(folder, names)
         storage.remove_empty_folder(folder)
         storage.remove_file(storage.join(self.uri, "plans", f"{participant}.json"))
-        if names and storage.is_committed(self.uri):
+        if storage.is_committed(self.uri):
             self.compacted()
         return len(names)
 

@@ -12,29 +12,23 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import resources
 from typing import Annotated, Any, Protocol
-from urllib.parse import quote
 
 import numpy as np
 import torch
 from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response, UploadFile
-from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
 
-from qure_core.base.errors import InputError, input_error
-from qure_core.data.images import load_image
-from qure_core.data.thumbnails import thumbnail_bytes
+from qure_core.base.errors import input_error
 from qure_core.search.index import Found, Index
 from qure_core.search.likely import LOOKED_AT, likely_matches
-from qure_core.serve.guard import COOKIE, Guard
+from qure_core.serve.guard import Guard
 from qure_core.serve.options import Options, Version
+from qure_core.serve.pages import SIDES, begun_app, image_path, make_thumbnail, serve_page
 from qure_core.serve.replicas import Asked, Encoded, Wanted
 
 MOST = 1000  # answers that can be asked for, page by page
-SIDES = (64, 512)  # of a thumbnail, pixels
 _SHOWN_VALUES = 200  # of a metadata column, that the page offers
 _TEXT = 2000  # characters
 
@@ -155,20 +149,6 @@ class Service:
         return await make_thumbnail(row["uri"], row["sha256"], side, pixels, limit), tag
 
 
-async def make_thumbnail(uri: str, sha256: str, side: int, pixels: Any, limit: int) -> bytes:
-    """A picture within ``side`` pixels; 404 if it cannot be read."""
-    try:
-        return await asyncio.to_thread(_thumbnail, uri, sha256, side, pixels, limit)
-    except (InputError, OSError) as error:
-        print(f"[serve] {error}", flush=True)
-        raise HTTPException(404, "the picture of this id cannot be read") from None
-
-
-@lru_cache(maxsize=4096)
-def _thumbnail(uri: str, sha256: str, side: int, pixels: Any, limit: int) -> bytes:
-    return thumbnail_bytes(load_image(uri, limit, pixels), side)
-
-
 def _place(index: Index, image_id: str) -> int:
     if not index.holds(image_id):
         raise HTTPException(404, f"the index has no image {image_id[:200]!r}")
@@ -197,11 +177,6 @@ def _checked(
     return tuple(pairs)
 
 
-def image_path(image_id: str) -> str:
-    """The path of an image's picture."""
-    return f"/v1/images/{quote(image_id, safe='/')}"
-
-
 @dataclass(frozen=True)
 class Served:
     """The service's application, and the state behind its routes."""
@@ -220,24 +195,14 @@ def make_app(options: Options, backend: Backend) -> Served:
         yield
         watcher.cancel()
 
-    app = FastAPI(
+    app = begun_app(
+        options,
+        "service",
         title="Composed image retrieval",
         description="An image and a few words: the images of a corpus that fit best.",
-        version="1",
-        docs_url=None,  # it would load its parts from elsewhere
-        redoc_url=None,
         lifespan=lifespan,
     )
     guard = Guard(app, options)
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        print(f"[serve] {type(error).__name__}: {error}", flush=True)
-        return JSONResponse({"detail": "the service failed; its log says why"}, 500)
-
-    @app.get("/healthz", include_in_schema=False)
-    async def healthz() -> dict[str, str]:
-        return {"status": "alive"}
 
     @app.get("/readyz", include_in_schema=False)
     async def readyz(response: Response) -> dict[str, Any]:
@@ -250,13 +215,6 @@ def make_app(options: Options, backend: Backend) -> Served:
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
         return Response(generate_latest(service.registry), media_type="text/plain; version=0.0.4")
-
-    @app.post("/v1/session", include_in_schema=False)
-    async def session(response: Response) -> dict[str, str]:
-        """Whoever sent the token keeps it as a cookie, with which pictures are asked for too."""
-        if options.token is not None:
-            response.set_cookie(COOKIE, options.token, httponly=True, samesite="strict")
-        return {"status": "welcome"}
 
     @app.get("/v1/index")
     async def index() -> dict[str, Any]:
@@ -394,20 +352,3 @@ def make_app(options: Options, backend: Backend) -> Served:
 
     serve_page(app, "index.html", "page.js", "page.css")
     return Served(guard, service)
-
-
-def serve_page(app: FastAPI, html: str, script: str, style: str) -> None:
-    """Add a page of the package's, by the names of its files."""
-    folder = resources.files("qure_core.serve") / "page"
-    for path, name, kind in (
-        ("/", html, "text/html; charset=utf-8"),
-        ("/page.js", script, "text/javascript; charset=utf-8"),
-        ("/page.css", style, "text/css; charset=utf-8"),
-        ("/icon.svg", "icon.svg", "image/svg+xml"),
-    ):
-        content = (folder / name).read_bytes()
-
-        def serve_file(content: bytes = content, kind: str = kind) -> Response:
-            return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
-
-        app.get(path, include_in_schema=False)(serve_file)

@@ -9,15 +9,14 @@ import asyncio
 import datetime
 from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import HTTPException, Query, Response
 from pydantic import BaseModel, Field
 
 from qure_core.preferences.judgements import Choice, Judgement, Study
 from qure_core.preferences.questions import Pairs, Question, begin_plan, in_turn, plan_of
-from qure_core.serve.guard import COOKIE, Guard
-from qure_core.serve.ingress import SIDES, image_path, make_thumbnail, serve_page
+from qure_core.serve.guard import Guard
 from qure_core.serve.options import Options
+from qure_core.serve.pages import SIDES, begun_app, image_path, make_thumbnail, serve_page
 
 _HASHED = r"^[0-9a-f]{16}$"
 _LONGEST = 24 * 3600.0  # seconds of one answer: what is longer was left open
@@ -46,12 +45,7 @@ class Undone(BaseModel):
 
 def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
     """The study's application."""
-    app = FastAPI(title="Preference study", version="1", docs_url=None, redoc_url=None)
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        print(f"[collect] {type(error).__name__}: {error}", flush=True)
-        return JSONResponse({"detail": "the study failed; its log says why"}, 500)
+    app = begun_app(options, "study", title="Preference study")
 
     def planned(participant: str) -> list[Question]:
         plan = plan_of(study, participant)
@@ -59,11 +53,8 @@ def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
             raise HTTPException(404, "nobody has begun by that name; begin again")
         return plan
 
-    def state(participant: str) -> tuple[list[Question], list[Judgement]]:
-        return planned(participant), study.answered(participant)
-
-    def shown(participant: str) -> dict[str, Any]:
-        plan, judged = state(participant)
+    def shown(participant: str, plan: list[Question]) -> dict[str, Any]:
+        judged = study.answered(participant)
         question = in_turn(plan, [one.question for one in judged])
         told: dict[str, Any] = {
             "participant": participant,
@@ -81,16 +72,6 @@ def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
             }
         return told
 
-    @app.get("/healthz", include_in_schema=False)
-    async def healthz() -> dict[str, str]:
-        return {"status": "alive"}
-
-    @app.post("/v1/session", include_in_schema=False)
-    async def session(response: Response) -> dict[str, str]:
-        if options.token is not None:
-            response.set_cookie(COOKIE, options.token, httponly=True, samesite="strict")
-        return {"status": "welcome"}
-
     @app.post("/v1/begin")
     async def begin(who: Begin) -> dict[str, Any]:
         """Begin, or go on with, a participant's questions."""
@@ -100,24 +81,24 @@ def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
         def first() -> dict[str, Any]:
             participant = study.participant(who.name)
             begin_plan(pairs, study, participant)
-            return shown(participant)
+            return shown(participant, planned(participant))
 
         return await asyncio.to_thread(first)
 
     @app.get("/v1/next")
     async def following(participant: Annotated[str, Query(pattern=_HASHED)]) -> dict[str, Any]:
         """The question that is next, as after a reload."""
-        return await asyncio.to_thread(shown, participant)
+        return await asyncio.to_thread(lambda: shown(participant, planned(participant)))
 
     @app.post("/v1/judge")
     async def judge(judged: Judged) -> dict[str, Any]:
         """Keep an answer; sent again, it counts once. Gives the question that is next."""
 
         def keep() -> dict[str, Any]:
-            plan = {one.question: one for one in planned(judged.participant)}
-            if judged.question not in plan:
+            plan = planned(judged.participant)
+            asked = next((one for one in plan if one.question == judged.question), None)
+            if asked is None:
                 raise HTTPException(404, "this participant was not asked that")
-            asked = plan[judged.question]
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             study.write(
                 Judgement(
@@ -128,7 +109,7 @@ def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
                     **vars(asked),
                 )
             )
-            return shown(judged.participant)
+            return shown(judged.participant, plan)
 
         return await asyncio.to_thread(keep)
 
@@ -137,12 +118,12 @@ def make_judging(study: Study, pairs: Pairs, options: Options) -> Guard:
         """Take the last answer back, and ask it again."""
 
         def take_back() -> dict[str, Any]:
-            plan, judged = state(who.participant)
-            done = {one.question for one in judged}
+            plan = planned(who.participant)
+            done = {one.question for one in study.answered(who.participant)}
             last = [one.question for one in plan if one.question in done][-1:]
             for question in last:
                 study.take_back(who.participant, question)
-            return shown(who.participant)
+            return shown(who.participant, plan)
 
         return await asyncio.to_thread(take_back)
 

@@ -108,6 +108,33 @@ def test_compacted_is_what_was_answered(place: str) -> None:
     assert not storage.exists(second)  # nor does the file of all keep them
     manifest = storage.read_json(f"{study.uri}/manifest.json")
     assert manifest["judgements"] == 21
+    # A `forget` that was killed before it came to the file of all is ended by the next.
+    study.take_back("p9", "q1")
+    assert study.forget("p9") == 0
+    assert storage.read_json(f"{study.uri}/manifest.json")["judgements"] == 20
+    # Compacted, it takes further judgements.
+    assert write_all(Study.planned(study.uri).begin({}), [ONE]) == 1
+    assert len(study.read()) == 21
+
+
+def test_a_strangers_file_stays(tmp_path: Path) -> None:
+    study = Study.planned(str(tmp_path / "study")).begin({})
+    study.write(ONE)
+    mine = [tmp_path / "study/judgements/p1/notes.txt", tmp_path / "study/plans/mine.txt"]
+    mine[1].parent.mkdir()
+    for file in mine:
+        file.write_text("mine")
+    study.compacted()
+    assert study.forget("p1") == 1
+    assert study.read() == []
+    listed = tmp_path / "study/judgements/p1/list.json"
+    listed.write_text("[1]")
+    study.write(ONE)
+    for work in (study.read, study.compacted, lambda: study.forget("p1")):
+        with pytest.raises(InputError, match=r"list\.json: a judgement is an object"):
+            work()
+    assert listed.read_text() == "[1]"
+    assert [file.read_text() for file in mine] == ["mine"] * 2
 
 
 def test_a_name_is_not_kept(tmp_path: Path) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import Runner
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from service import service
 
 from qure_core.base.config import Settings
@@ -27,7 +25,6 @@ from qure_core.runtime.resources import plan_resources
 from qure_core.search.build import build_index
 from qure_core.search.corpus import Corpus
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SETTINGS = Settings(cluster={"in_process": True, "gpus": "none"}, features="off")
 SAYS = r"asking about .* queries: (http://\S+)/"
 TEXT = '<img src=x onerror="document.title=1"> & in red'
@@ -52,18 +49,6 @@ def command(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     queries.write_text("\n".join(map(json.dumps, rows)))
     indexes = [str(folder / "0000"), str(folder / "0003")]
     return ["collect", "--indexes", *indexes, "--names", "start", "end", "--queries", str(queries)]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield made
-        made.close()
 
 
 def sent(address: str, body: dict[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import signal
 import subprocess
 import threading
@@ -19,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from service import service
 
 from qure_core.base.config import Settings
@@ -31,7 +30,6 @@ from qure_core.search.build import build_index
 from qure_core.search.corpus import Corpus
 
 pytestmark = pytest.mark.job
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SETTINGS = Settings(cluster={"in_process": True, "gpus": "none"}, features="off")
 BAD_NAME = '<img src=x onerror="document.title=1">'
 
@@ -313,18 +311,6 @@ def test_a_killed_replica_costs_what_it_held_alone(client: httpx.Client, started
 
 
 # The page.
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (apt install chromium)")
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield made
-        made.close()
 
 
 @pytest.fixture
