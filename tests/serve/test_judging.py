@@ -187,6 +187,11 @@ def test_what_a_participant_is_asked() -> None:
             first = by_name[one.repeats]
             assert first.question < one.question
             assert (first.left_ids, first.left_model) == (one.right_ids, one.right_model)
+            assert (first.right_ids, first.right_model) == (one.left_ids, one.left_model)
+        if one.role == "plain":
+            own = {"one": "a{0} b{0}", "other": "c{0} d{0}"}
+            for ids, model in ((one.left_ids, one.left_model), (one.right_ids, one.right_model)):
+                assert " ".join(ids) == own[model].format(one.query_id[1:])
         if one.role == "obvious":
             right = one.left_ids if one.expected == "left" else one.right_ids
             wrong = one.right_ids if one.expected == "left" else one.left_ids
